@@ -1,0 +1,55 @@
+"""What is hidden from the student.
+
+Every mask in this project is boolean with True = hidden from the student and scored by the loss; the teacher
+never sees a mask. Randomness comes from a numpy Generator that the caller seeds, so that a mask is a pure
+function of (seed, epoch, sample) whatever the number of processes or workers.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ATTEMPTS = 10  # tries to place one rectangle before giving up on hiding more
+
+
+def block_mask(batch: int, grid: tuple[int, int], ratio: float, min_block: int, rng: np.random.Generator) -> Tensor:
+    """Rectangles of patches, until `ratio` of the grid is hidden (paper section 4.1; Bao et al. 2021).
+
+    Each rectangle has an area uniform in [min_block, what is still to hide] patches and a log-uniform aspect ratio
+    in [0.3, 1 / 0.3]; it stays if it is smaller than the grid, adds at least one new patch and not more than is
+    still to hide. The mask therefore ends at or just under round(ratio * H * W), and rows may differ in count.
+
+    batch      number of independent masks B
+    grid       (H, W) in patches; the image's size divided by the patch size
+    ratio      share of patches to hide, in (0, 1); 0.6 hides 120 of 196
+    min_block  smallest rectangle, in patches (16 of 196); too large for the grid and nothing fits
+    returns    (B, H * W) bool, row-major, at least one True in every row
+    """
+    height, width = grid
+    mask = np.zeros((batch, height, width), dtype=bool)
+    for picture in mask:
+        left_to_hide = round(ratio * height * width)
+        while left_to_hide > 0 and (new := _hide_rectangle(picture, left_to_hide, min_block, rng)):
+            left_to_hide -= new
+        if not picture.any():  # a grid too small for min_block: a row without a scored patch would teach nothing
+            picture[rng.integers(height), rng.integers(width)] = True
+    return torch.from_numpy(mask).flatten(1)
+
+
+def _hide_rectangle(picture: np.ndarray, at_most: int, min_block: int, rng: np.random.Generator) -> int:
+    """Hides one random rectangle of `picture` (H, W) in place; returns how many patches it newly hides (0: none fit)."""
+    height, width = picture.shape
+    for _ in range(ATTEMPTS):
+        area = min_block + (at_most - min_block) * rng.random()  # also runs downwards, when less than min_block is left
+        aspect = math.exp(math.log(0.3) * (2 * rng.random() - 1))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            block = picture[top : top + h, left : left + w]
+            new = h * w - int(block.sum())
+            if 0 < new <= at_most:
+                block[:] = True
+                return new
+    return 0

@@ -1,0 +1,314 @@
+"""data2vec's networks: embedders, the Transformer, the student and its EMA teacher.
+
+    x = embed(input)                        (B, T, D)   PatchEmbed | (speech and text plug in here)
+    f = head(encoder(mask(x)))[masked]      (M, D)      Student
+    a_1 .. a_L = encoder_ema(x)             (B, T, D)   Teacher
+
+B batch, T positions (patches, frames or tokens), D width, H heads, L depth. `valid` is True where a position is
+real and False where it is padding; `mask` is True where a position is hidden from the student and scored.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# ---- Transformer -------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. k_bias=False leaves keys without bias (vision; softmax does not see it anyway)."""
+
+    def __init__(self, dim: int, heads: int, k_bias: bool, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.k_bias = nn.Parameter(torch.zeros(dim)) if k_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class Block(nn.Module):
+    """One Transformer layer, pre-norm (vision) or post-norm (speech, text), and the output of it that is a target.
+
+    target       which output serves as a_l: "block" (after the last residual, and norm if post-norm), "ffn" (the
+                 FFN's output as it is added), "ffn_residual" (their sum, before the norm) or "attention"
+    layer_scale  initial gain of both branches, None for none (ViT-B 1e-4, ViT-L 1e-5)
+    drop_path    probability to skip a branch, per sample
+    alpha        residual gain of DeepNorm, (2L)^(1/4); 1 = plain post-norm
+    """
+
+    def __init__(
+        self, dim: int, heads: int, ffn: int, *, pre_norm: bool, eps: float, k_bias: bool, target: str,
+        layer_scale: float | None = None, drop_path: float = 0.0, dropout: float = 0.0, attn_dropout: float = 0.0,
+        ffn_dropout: float = 0.0, alpha: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.pre_norm, self.target, self.drop_path, self.alpha = pre_norm, target, drop_path, alpha
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, k_bias, attn_dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.fc1 = nn.Linear(dim, ffn)
+        self.fc2 = nn.Linear(ffn, dim)
+        self.scale1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.dropout, self.ffn_dropout = nn.Dropout(dropout), nn.Dropout(ffn_dropout)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        return self.fc2(self.ffn_dropout(F.gelu(self.fc1(x))))
+
+    def branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        """Layer scale, then stochastic depth: the whole branch of a sample is dropped or scaled up to keep its mean."""
+        y = y if scale is None else scale * y
+        if not self.training or self.drop_path == 0:
+            return y
+        keep = torch.empty(len(y), 1, 1, device=y.device, dtype=y.dtype).bernoulli_(1 - self.drop_path)
+        return y * keep / (1 - self.drop_path)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), bias added to the attention logits (broadcast to B, H, T, T) -> x (B, T, D), a_l (B, T, D)."""
+        if self.pre_norm:
+            attention = self.branch(self.attn(self.norm1(x), bias), self.scale1)
+            x = x + self.dropout(attention)
+            ffn = self.branch(self.ffn(self.norm2(x)), self.scale2)
+            x = residual = x + self.dropout(ffn)
+        else:
+            attention = self.attn(x, bias)
+            x = self.norm1(self.alpha * x + self.dropout(attention))
+            ffn = self.ffn(x)
+            residual = self.alpha * x + self.dropout(ffn)
+            x = self.norm2(residual)
+        return x, {"block": x, "ffn": ffn, "ffn_residual": residual, "attention": attention}[self.target]
+
+
+class Encoder(nn.Module):
+    """Embed, hide, place, transform: the network that student and teacher share in shape.
+
+    embed     a module: embed(input, valid) -> (x (B, T, D), valid (B, T) or None), the content of each position;
+              embed.place(x, valid) -> (x (B, prefix + T, D), bias), which adds position AFTER hiding;
+              embed.prefix: tokens put in front (the class token), never masked, never a target; embed.distance(T):
+              (T, T) how far apart two positions are
+    blocks    the layers
+    norm      applied to the last layer's output (vision), or nn.Identity() (speech and text are post-norm)
+    hide      learn a mask embedding (vision, speech); text hides by a <mask> token instead
+    """
+
+    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module, dim: int, hide: bool = True):
+        super().__init__()
+        self.dim, self.prefix = dim, embed.prefix
+        self.embed, self.blocks, self.norm = embed, nn.ModuleList(blocks), norm
+        self.mask_embedding = nn.Parameter(torch.zeros(dim)) if hide else None
+
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, valid: Tensor | None = None, window: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input, mask (B, T) or None, valid or None -> features (B, prefix + T, D), [a_1 .. a_L] each (B, T, D).
+
+        window > 0 limits self-attention to positions at most that far apart (the paper's target-context ablation).
+        """
+        x, valid = self.embed(input, valid)
+        return self.transform(x, mask, valid, window)
+
+    def transform(
+        self, x: Tensor, mask: Tensor | None = None, valid: Tensor | None = None, window: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As forward, from embedded content x (B, T, D) on: the speech teacher takes the student's features here."""
+        if mask is not None and self.mask_embedding is not None:
+            x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+        x, bias = self.embed.place(x, valid)
+        bias = restrict(bias, valid, self.embed.distance(x.device) <= window if window else None, self.prefix)
+        layers = []
+        for block in self.blocks:
+            x, a = block(x, bias)
+            layers.append(a[:, self.prefix :])
+        return self.norm(x), layers
+
+
+def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, prefix: int) -> Tensor | None:
+    """Forbids attention to padding and beyond a window, on top of a bias broadcastable to (B, H, T, T), or None.
+
+    valid (B, T) bool, near (T, T) bool. Under a window no position may look at the prefix tokens, which see everything.
+    """
+    if valid is None and near is None:
+        return bias
+    seen = True
+    if valid is not None:
+        seen = F.pad(valid, (prefix, 0), value=True)[:, None, None, :]  # (B, 1, 1, prefix + T)
+    if near is not None:
+        near = F.pad(F.pad(near, (prefix, 0), value=False), (0, 0, prefix, 0), value=True)
+        seen = seen & near
+    bias = torch.zeros((), device=seen.device) if bias is None else bias
+    return bias.masked_fill(~seen, -math.inf)
+
+
+# ---- vision ------------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """Images to patches (a strided convolution), a class token in front, positions by a table shared by all blocks.
+
+    image_size       (height, width) in pixels, each a multiple of `patch`
+    learned_std      > 0 adds a learned absolute position to every patch, initialised at this std (not in the paper)
+    relative         the paper's relative-position bias: (2H - 1)(2W - 1) + 3 rows of one value a head; the last three
+                     are class token -> patch, patch -> class token, class token -> class token
+    """
+
+    prefix = 1
+
+    def __init__(self, image_size: tuple[int, int], patch: int, dim: int, heads: int, relative: bool, learned_std: float):
+        super().__init__()
+        if image_size[0] % patch or image_size[1] % patch:
+            raise ValueError(f"image_size {image_size[0]} x {image_size[1]} is not a multiple of patch {patch}")
+        self.image_size = tuple(image_size)
+        self.grid = height, width = image_size[0] // patch, image_size[1] // patch
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+        self.cls = nn.Parameter(torch.zeros(dim))
+        self.learned = nn.Parameter(learned_std * torch.randn(height * width, dim)) if learned_std else None
+        self.table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1) + 3, heads)) if relative else None
+        if relative:  # rebuilt from the grid, so it is neither averaged nor saved
+            self.register_buffer("index", relative_index(height, width), persistent=False)
+
+    def forward(self, images: Tensor, valid: None = None) -> tuple[Tensor, None]:
+        """images (B, 3, h, w) float, normalised -> (B, T, D), row-major patches."""
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(f"the model takes images of {self.image_size}, got {tuple(images.shape[-2:])}")
+        return rearrange(self.proj(images), "b d h w -> b (h w) d"), None
+
+    def place(self, x: Tensor, valid: None = None) -> tuple[Tensor, Tensor | None]:
+        if self.learned is not None:
+            x = x + self.learned.to(x.dtype)
+        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return x, None if self.table is None else rearrange(F.embedding(self.index, self.table), "i j h -> 1 h i j")
+
+    def distance(self, device: torch.device) -> Tensor:
+        """(T, T): patches apart, the larger of rows and columns."""
+        cell = torch.cartesian_prod(*(torch.arange(n, device=device) for n in self.grid))
+        return (cell[:, None] - cell[None]).abs().amax(-1)
+
+
+def relative_index(height: int, width: int) -> Tensor:
+    """Row of the bias table for each (query, key): (1 + H * W, 1 + H * W) int64, the class token first."""
+    cell = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    dy, dx = (cell[:, None] - cell[None]).unbind(-1)  # query minus key
+    rows = (2 * height - 1) * (2 * width - 1)
+    index = torch.full((1 + height * width, 1 + height * width), rows + 1)  # patch -> class token
+    index[0, :], index[0, 0] = rows, rows + 2  # class token -> patch, class token -> itself
+    index[1:, 1:] = (dy + height - 1) * (2 * width - 1) + dx + width - 1
+    return index
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic interpolation of a relative-position table (rows, H) from one grid of patches to another."""
+    (h0, w0), (h1, w1) = old, new
+    offsets = rearrange(table[:-3], "(y x) h -> 1 h y x", y=2 * h0 - 1)
+    offsets = F.interpolate(offsets.float(), (2 * h1 - 1, 2 * w1 - 1), mode="bicubic", align_corners=False)
+    return torch.cat([rearrange(offsets, "1 h y x -> (y x) h").to(table.dtype), table[-3:]])
+
+
+def vision_encoder(
+    *, image_size: tuple[int, int], patch: int, dim: int, depth: int, heads: int, ffn: int, layer_scale: float,
+    drop_path: float = 0.0, dropout: float = 0.0, attn_dropout: float = 0.0, target: str = "block",
+    relative: bool = True, learned_std: float = 0.0, init_std: float = 0.02,
+) -> Encoder:  # fmt: skip
+    """The ViT of data2vec (paper section 4.1; Dosovitskiy et al. 2020, Bao et al. 2021): pre-norm, layer scale,
+    drop path rising linearly over depth, no key bias, relative positions, LayerNorm eps 1e-6."""
+    embed = PatchEmbed(image_size, patch, dim, heads, relative, learned_std)
+    blocks = [
+        Block(
+            dim, heads, ffn, pre_norm=True, eps=1e-6, k_bias=False, target=target, layer_scale=layer_scale or None,
+            drop_path=drop_path * i / max(depth - 1, 1), dropout=dropout, attn_dropout=attn_dropout,
+        )
+        for i in range(depth)
+    ]  # fmt: skip
+    encoder = Encoder(embed, blocks, nn.LayerNorm(dim, eps=1e-6), dim)
+    init_vision(encoder, init_std)
+    return encoder
+
+
+def init_vision(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated normal weights, zero biases; block l's two output projections divided by sqrt(2 l), l = 1 .. L."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(m.weight, std=std)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    if isinstance(module, Encoder):
+        nn.init.trunc_normal_(module.embed.cls, std=std)
+        nn.init.trunc_normal_(module.mask_embedding, std=std)
+        for l, block in enumerate(module.blocks, start=1):
+            block.attn.out.weight.data.div_(math.sqrt(2 * l))
+            block.fc2.weight.data.div_(math.sqrt(2 * l))
+
+
+# ---- student and teacher -----------------------------------------------------------------------------------------
+
+
+class Student(nn.Module):
+    """The encoder that learns, and the head that maps its features to predictions of the teacher's targets."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, input: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+        """input, mask (B, T) bool -> predictions (M, D) of the M masked positions, row by row."""
+        features, _ = self.encoder(input, mask, valid)
+        return self.head(features[:, self.encoder.prefix :][mask])
+
+
+def regression_head(dim: int, layers: int = 1) -> nn.Module:
+    """Linear(D, D) (vision, speech) or Linear(D, 2D), GELU, Linear(2D, D) (text)."""
+    if layers == 1:
+        return nn.Linear(dim, dim)
+    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+
+class Teacher(nn.Module):
+    """An exponential moving average of the student's encoder: same weights at the start, no gradient, always eval.
+
+    shared  names of submodules (such as "embed") that are not averaged: the teacher uses the student's current ones
+    window  > 0 limits the teacher's self-attention (the paper's ablation of the target's context); the student's never
+    """
+
+    def __init__(self, encoder: Encoder, shared: tuple[str, ...] = (), window: int = 0):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).float().requires_grad_(False)
+        self.shared, self.window = tuple(shared), window
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, encoder: Encoder, tau: float) -> None:
+        """delta = tau * delta + (1 - tau) * theta, in float32, once after each optimiser step; none if tau >= 1.
+
+        Two multi-tensor operations, not one kernel a parameter. Shared modules and integer buffers are copied.
+        """
+        mine, theirs = self.encoder.state_dict(), encoder.state_dict()
+        average = [n for n, t in mine.items() if t.is_floating_point() and not self.is_shared(n)]
+        follow = [n for n in mine if n not in set(average)]
+        if average and tau < 1:
+            torch._foreach_lerp_([mine[n] for n in average], [theirs[n].float() for n in average], 1 - tau)
+        if follow:
+            torch._foreach_copy_([mine[n] for n in follow], [theirs[n] for n in follow])
+
+    def is_shared(self, name: str) -> bool:
+        return any(name == s or name.startswith(s + ".") for s in self.shared)
+
+    @torch.no_grad()
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> list[Tensor]:
+        """The full, unmasked input -> [a_1 .. a_L], each (B, T, D)."""
+        return self.encoder(input, None, valid, self.window)[1]

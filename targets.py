@@ -1,0 +1,105 @@
+"""What the student regresses, and how far off it is: normalise, average, loss, tau (paper sections 3.3 and 3.4)."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-5  # of every target normalisation, in all modalities
+
+
+# ---- the target: y = 1/K * sum of the top K normalised layers ---------------------------------------------------
+
+
+def layer_norm(a: Tensor) -> Tensor:
+    """Parameter-free layer norm over the D features of each position. a: (B, T, D) -> (B, T, D) float32."""
+    return F.layer_norm(a.float(), a.shape[-1:], eps=EPS)
+
+
+def instance_norm(a: Tensor) -> Tensor:
+    """Parameter-free instance norm: each channel of each sample over its T positions, biased variance.
+
+    All T positions count, padding too (as released). a: (B, T, D) -> (B, T, D) float32.
+    """
+    return F.instance_norm(a.float().transpose(1, 2), eps=EPS).transpose(1, 2)
+
+
+NORMS = {"layer": layer_norm, "instance": instance_norm, "none": Tensor.float}
+
+
+@torch.no_grad()
+def top_k_average(layers: list[Tensor], k: int, norm: str = "layer", final_norm: str = "none") -> Tensor:
+    """The target y of every position: the mean of the top k layers, each normalised first (paper section 3.3).
+
+    layers      teacher outputs [a_1 .. a_L], each (B, T, D)
+    k           how many layers from the top, 1 <= k <= L
+    norm        of each layer: "layer" (vision, text), "instance" (speech) or "none"
+    final_norm  of the mean: "layer" (vision, AudioSet), "instance" or "none" (speech, text)
+    returns     (B, T, D) float32, without gradient
+    raises      ValueError if k is out of range
+    """
+    if not 1 <= k <= len(layers):
+        raise ValueError(f"K = {k}, but the teacher has {len(layers)} layers: take 1 <= K <= {len(layers)}")
+    y = sum(NORMS[norm](a) for a in layers[-k:]) / k
+    return NORMS[final_norm](y)
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------
+
+
+def regression_loss(pred: Tensor, target: Tensor, beta: float, scale: float) -> Tensor:
+    """Smooth L1 summed over positions: scale * sum_D l(pred - target), l = 0.5 d^2 / beta or |d| - 0.5 beta.
+
+    The caller divides by the number of masked positions of the GLOBAL batch, which no single process knows from
+    its own share. beta = 0 is the plain squared error d^2, without the factor 1/2 (speech).
+
+    pred, target  (M, D), any float dtype; computed in float32
+    beta          where the quadratic part ends (vision 2, text 4, speech 0)
+    scale         1 / D (vision: mean over features), 1 / sqrt(D) (speech) or 1 (text)
+    returns       scalar float32
+    """
+    pred, target = pred.float(), target.float()
+    if beta == 0:
+        return scale * F.mse_loss(pred, target, reduction="sum")
+    return scale * F.smooth_l1_loss(pred, target, beta=beta, reduction="sum")
+
+
+def tau_at(step: int, tau_0: float, tau_e: float, tau_n: int) -> float:
+    """The teacher's momentum at optimiser step `step` (1, 2, ...): linear from tau_0 to tau_e over tau_n steps, then tau_e."""
+    return tau_e if step >= tau_n else tau_0 + (tau_e - tau_0) * step / tau_n
+
+
+# ---- meters: does it learn, has it collapsed? -----------------------------------------------------------------------
+
+
+def feature_std(y: Tensor) -> Tensor:
+    """Mean over features of the standard deviation over positions. y: (M, D) -> scalar; near 0 means collapse."""
+    return y.detach().float().std(dim=0, correction=0).mean()
+
+
+def explained(batches: Iterable[tuple[Tensor, Tensor, Tensor]], by_position: bool) -> float:
+    """Share of the target's variance that the predictions explain: 1 - sum |pred - y|^2 / sum |y - m|^2.
+
+    Both sums run over the masked positions of held-out data; m is the mean target of the held-out set, of each
+    position where positions have a fixed meaning (vision: knowing the place alone earns 0), else one for all.
+
+    batches      of (pred (M, D), y (B, T, D), mask (B, T) bool); one pass, sums in float64
+    by_position  True: one mean per position, all T equal; False: one mean over all positions
+    returns      at most 1; 0 = no better than m; nan when there is nothing to explain
+    """
+    count = total = masked_count = masked_total = squares = residual = 0.0
+    for pred, y, mask in batches:
+        y, pred = y.double(), pred.double()
+        if not by_position:
+            y, mask = y.flatten(0, 1)[:, None], mask.flatten()[:, None]  # (B * T, 1, D): one position for all
+        count += len(y)
+        total = total + y.sum(0)  # (T, D)
+        masked_count = masked_count + mask.sum(0)[:, None]  # (T, 1)
+        masked_total = masked_total + (y * mask[..., None]).sum(0)  # (T, D)
+        squares += y[mask].square().sum().item()
+        residual += (pred - y[mask]).square().sum().item()
+    mean = total / count
+    spread = squares + (masked_count * mean.square() - 2 * mean * masked_total).sum().item()  # sum |y - m|^2
+    return 1 - residual / spread if spread > 0 else math.nan

@@ -1,0 +1,125 @@
+"""Checkpoints of other origin -> ours.
+
+    python -m tools.convert IN OUT [--heads H]     a released vision checkpoint (.pth) -> a checkpoint of ours
+
+`read` is what the scripts call for --init: our own checkpoints pass as they are, the released vision format
+(pre-trained or fine-tuned) is converted. Only tensors and plain containers are ever read from a file.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":  # `python tools/convert.py` works as well as `python -m tools.convert`
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+from common import BadInput
+from model import resize_positions
+
+# ---- released vision names: the encoder of BEiT, a shared relative-position table, a linear head -----------------------
+
+VISION = {
+    r"cls_token": "embed.cls",
+    r"mask_token": "mask_embedding",
+    r"pos_embed": "embed.learned",
+    r"patch_embed\.proj\.(weight|bias)": r"embed.proj.\1",
+    r"rel_pos_bias\.relative_position_bias_table": "embed.table",
+    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.scale\2",
+    r"blocks\.(\d+)\.norm([12])\.(weight|bias)": r"blocks.\1.norm\2.\3",
+    r"blocks\.(\d+)\.attn\.([qv])_bias": r"blocks.\1.attn.\2_bias",
+    r"blocks\.(\d+)\.attn\.qkv\.weight": r"blocks.\1.attn.qkv.weight",
+    r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"blocks.\1.attn.out.\2",
+    r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
+    r"norm\.(weight|bias)": r"norm.\1",
+}
+VISION_HEAD = {r"lm_head\.(weight|bias)": r"\1"}  # regression head of pre-training
+VISION_CLASSIFIER = {r"fc_norm\.(weight|bias)": r"norm.\1", r"head\.(weight|bias)": r"out.\1"}
+VISION_UNUSED = r".*relative_position_index"  # recomputed from the grid
+
+
+def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors whose name matches a pattern of `table`, under their new names."""
+    new = {}
+    for name, tensor in state.items():
+        for pattern, ours in table.items():
+            if match := re.fullmatch(pattern, name):
+                new[match.expand(ours)] = tensor.flatten() if ours in ("embed.cls", "mask_embedding") else tensor
+    return new
+
+
+def vision_config(encoder: dict[str, Tensor]) -> dict:
+    """Sizes of a vision encoder, from its (renamed) weights. The number of heads is the table's last dimension."""
+    table, proj = encoder["embed.table"], encoder["embed.proj.weight"]
+    side = (math.isqrt(len(table) - 3) + 1) // 2  # (2H - 1)(2W - 1) + 3 rows, square
+    return {
+        "patch": proj.shape[-1], "dim": len(proj), "heads": table.shape[1], "image_size": side * proj.shape[-1],
+        "depth": 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")),
+        "ffn": len(encoder["blocks.0.fc1.weight"]), "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0,
+    }  # fmt: skip
+
+
+def from_released_vision(file: dict) -> dict:
+    """{"model": ..., "model_ema": ...} with the released names -> {"student" | "classifier", "teacher", "config"}.
+
+    student     encoder.* and head.* (pre-trained)
+    classifier  encoder.*, norm.* and out.* (fine-tuned; the final norm and the mask token are not in such a file)
+    teacher     encoder.*, or None
+    """
+    model, ema = file.get("model", file), file.get("model_ema")
+    for part in (model, ema or {}):
+        known = [*VISION, *VISION_HEAD, *VISION_CLASSIFIER, VISION_UNUSED]
+        if strange := [name for name in part if not any(re.fullmatch(p, name) for p in known)]:
+            raise BadInput(f"released vision checkpoint with unknown weights: {', '.join(strange[:5])}")
+    encoder = rename(model, VISION)
+    full = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    new = {"config": vision_config(encoder), "teacher": None}
+    if "fc_norm.weight" in model:
+        new["classifier"] = full | rename(model, VISION_CLASSIFIER)
+    else:
+        new["student"] = full | {f"head.{name}": tensor for name, tensor in rename(model, VISION_HEAD).items()}
+    if ema:
+        new["teacher"] = {f"encoder.{name}": tensor for name, tensor in rename(ema, VISION).items()}
+    return new
+
+
+# ---- any checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> dict:
+    """A checkpoint of any known origin -> {"student" or "classifier", "teacher" or None, "config"}. Raises BadInput."""
+    file = common.load(path)
+    if not isinstance(file, dict):
+        raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint")
+    if "config" in file and ("student" in file or "classifier" in file):
+        return {"teacher": None} | file
+    names = file.get("model", file)
+    if isinstance(names, dict) and "patch_embed.proj.weight" in names:
+        return from_released_vision(file)
+    raise BadInput(f"{path}: neither a checkpoint of ours nor a released vision checkpoint; it holds {', '.join(map(str, list(file)[:6]))}")
+
+
+def fit_positions(state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+    """Interpolates every relative-position table in `state` from one grid of patches to another (bicubic)."""
+    if old == new:
+        return state
+    return {name: resize_positions(t, old, new) if name.endswith("embed.table") else t for name, t in state.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="checkpoint to read")
+    parser.add_argument("target", metavar="OUT", help="checkpoint of ours to write")
+    args = parser.parse_args()
+    state = read(args.source)
+    common.save(Path(args.target), **state)
+    print(f"{args.source}: {', '.join(k for k in state if state[k])}; {state['config']} -> {args.target}")
+
+
+if __name__ == "__main__":
+    common.run(main)
