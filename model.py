@@ -275,6 +275,23 @@ def regression_head(dim: int, layers: int = 1) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
 
+class Classifier(nn.Module):
+    """Fine-tuning: mean of the positions' last layer -> LayerNorm -> Linear. The encoder's own final norm is dropped."""
+
+    def __init__(self, encoder: Encoder, classes: int):
+        super().__init__()
+        encoder.norm, encoder.mask_embedding = nn.Identity(), None
+        self.encoder = encoder
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+        self.out = nn.Linear(encoder.dim, classes)
+        init_vision(self.out)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input -> logits (B, classes)."""
+        features, _ = self.encoder(input)
+        return self.out(self.norm(features[:, self.encoder.prefix :].mean(1)))
+
+
 class Teacher(nn.Module):
     """An exponential moving average of the student's encoder: same weights at the start, no gradient, always eval.
 

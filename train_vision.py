@@ -97,7 +97,11 @@ PRESETS = {
     # python train_vision.py: 2 CPU cores, see README for seconds and numbers
     "smoke": dict(mask_block=4, top_k=4, norm="instance", final_norm="none", learned_std=0.3, relative=False, tau_0=0.98, tau_e=0.998, tau_n=500, lr=3e-3, mask_ratio=0.6, guard_after=200),
     # python train_vision.py --preset cifar10 --data DIR: 2 CPU cores or any GPU, see README
-    "cifar10": dict(),
+    "cifar10": dict(
+        steps=16_000, global_batch=128, log_every=50, save_every=500, probe_every=2000, eval_images=2000, workers=1,
+        mask_block=4, top_k=4, norm="instance", final_norm="none", learned_std=0.3, crop_min=0.3,
+        tau_0=0.95, tau_e=0.999, tau_n=5000, lr=3e-3, warmup=500, guard_after=2000,
+    ),
     # torchrun --nproc_per_node=16: ImageNet-1K, 800 epochs of 625.6 steps; paper 84.2 top-1 after fine-tuning; not run here
     "base": dict(
         steps=500_456, global_batch=2048, micro_batch=128, workers=10, save_every=5000, probe_every=50_000, log_every=50,
@@ -153,7 +157,7 @@ def check(cfg: Config, world: int) -> int:
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="vision")
     rank, world, device = common.start_processes(cfg.device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=common.autocast_dtype(cfg.dtype, device) is torch.bfloat16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=common.bfloat16_wanted(cfg.dtype, device))
     accumulation = check(cfg, world)
 
     # ---- data: a sample is a function of (seed, epoch, index), whatever the rank or worker

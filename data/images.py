@@ -13,7 +13,6 @@ import http.client
 import os
 import pickle
 import re
-import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -24,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common import BadInput
+from common import BadInput, run
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MEAN, STD = 255 * torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]).view(2, 3, 1, 1)   # ImageNet's
@@ -162,7 +161,7 @@ def made_images(seed=0, n_train=4000, n_val=1000, size=32):
     glyphs = np.stack([glyph(letter) for letter in classes])                                         # (10, 128, 128)
     sets = []
     for stream, n in enumerate((n_train, n_val)):           # train and val never share random numbers
-        rng = np.random.default_rng([seed, stream, 128])
+        rng = np.random.default_rng([seed, stream])
         labels = rng.permutation(np.arange(n) % len(classes))
         pixels = np.empty((n, size, size, 3), np.uint8)
         for i in range(0, n, 100):
@@ -244,7 +243,7 @@ def random_resized_crop(img, size, scale, ratio, rng):
 
 
 def center_crop(img, size, ratio=0.875):
-    """-> PIL of `size`, a number or (height, width): the middle, `ratio` of what fits, bicubic; the right size stays."""
+    """-> PIL of `size`, a number or (height, width): the middle `ratio` of what fits, bicubic; the right size stays."""
     height, width = sides(size)
     if img.size == (width, height):
         return img                               # 32-pixel pictures would only be blurred
@@ -445,8 +444,8 @@ def download(url, path, md5):
     """Fetch url to `path` by way of `path`.part, going on where a broken download stopped. Raises BadInput."""
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=30) as reply:
             have = have if reply.status == 206 else 0              # 200: this server can only start from the beginning
             total = have + int(reply.headers["Content-Length"]) if reply.headers["Content-Length"] else None
@@ -463,7 +462,7 @@ def download(url, path, md5):
                            f"or download the file by hand and put it at {path}") from e
     if md5_of(part) != md5:
         os.remove(part)
-        raise BadInput(f"{url}: what came has not the md5 {md5} and was removed; run this again or check --url and --md5")
+        raise BadInput(f"{url}: what came has not the md5 {md5}, so it was removed; run this again or check --url")
     os.replace(part, path)
 
 
@@ -530,7 +529,7 @@ def check_imagenet(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data.images", description="Bring image data into this code's layout.")
+    parser = argparse.ArgumentParser(prog="python -m data.images", description="Bring images into this code's layout.")
     commands = parser.add_subparsers(dest="command", required=True)
     cifar = commands.add_parser("cifar10", help="download CIFAR-10 and write it as PNG files")
     cifar.add_argument("--out", required=True, help="folder to write train/ and val/ to; the archive is kept there too")
@@ -540,7 +539,10 @@ def main():
     imagenet.add_argument("--data", help="folder with train/ and val/")
     args = parser.parse_args()
     if args.command == "cifar10":
-        cifar10(args.out, args.url, args.md5.lower())
+        try:
+            cifar10(args.out, args.url, args.md5.lower())
+        except OSError as e:
+            raise BadInput(f"{args.out}: cannot be written ({e}); make room there or give another --out") from e
         print(f"{args.out}: CIFAR-10, {args.out}/train and {args.out}/val")
     else:
         print(IMAGENET)
@@ -549,8 +551,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as e:             # OSError: the disk is full, or no permission to write
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    run(main)

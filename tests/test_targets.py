@@ -1,0 +1,185 @@
+"""targets.py against loops over single numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from targets import explained, feature_std, instance_norm, layer_norm, regression_loss, tau_at, top_k_average
+
+NORMS = ("layer", "instance", "none")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+
+
+# ---- normalise and average -------------------------------------------------------------------------------------------
+
+
+def standardised(values):
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / len(values)  # biased
+    return [(v - mean) / math.sqrt(variance + 1e-5) for v in values]
+
+
+def naive_norm(a, norm):
+    """a: nested lists [B][T][D], normalised over D of each position or over T of each channel."""
+    if norm == "layer":
+        return [[standardised(position) for position in sample] for sample in a]
+    if norm == "instance":
+        channels = [[standardised(channel) for channel in zip(*sample)] for sample in a]
+        return [[list(position) for position in zip(*sample)] for sample in channels]
+    return a
+
+
+def naive_top_k_average(layers, k, norm, final_norm):
+    chosen = [naive_norm(layers[len(layers) - 1 - i], norm) for i in range(k)]
+    b, t, d = len(layers[0]), len(layers[0][0]), len(layers[0][0][0])
+    mean = [[[sum(a[i][j][c] for a in chosen) / k for c in range(d)] for j in range(t)] for i in range(b)]
+    return naive_norm(mean, final_norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("final_norm", NORMS)
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_target_is_the_mean_of_the_top_k_normalised_layers(norm, final_norm, k):
+    layers = [draw(2, 5, 3, seed=l) for l in range(4)]
+    expected = naive_top_k_average([a.double().tolist() for a in layers], k, norm, final_norm)
+    y = top_k_average(layers, k, norm, final_norm)
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_target_is_float32_without_gradient_whatever_the_layers_are():
+    layers = [draw(2, 5, 8).bfloat16().requires_grad_() for _ in range(2)]
+    for norm in NORMS:
+        y = top_k_average(layers, 2, norm, norm)
+        assert y.dtype == torch.float32 and not y.requires_grad
+
+
+@pytest.mark.parametrize("k", [-1, 0, 5])
+def test_k_beyond_the_layers_is_refused(k):
+    with pytest.raises(ValueError, match="4 layers"):
+        top_k_average([draw(1, 2, 3)] * 4, k)
+
+
+def test_instance_norm_is_per_sample_and_channel_over_all_positions():
+    a = draw(3, 7, 4)
+    y = instance_norm(a)
+    torch.testing.assert_close(y.mean(1), torch.zeros(3, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y.var(1, correction=0), torch.ones(3, 4), rtol=1e-4, atol=0)
+    changed = a.clone()
+    changed[1, :, 2] = draw(7, seed=9)
+    same = torch.ones(3, 4, dtype=torch.bool)
+    same[1, 2] = False
+    unmoved = (instance_norm(changed) == y).all(1)
+    assert torch.equal(unmoved, same), "only that channel of that sample moves"
+
+
+def test_instance_norm_of_a_single_position_is_zero():
+    assert torch.equal(instance_norm(draw(2, 1, 4)), torch.zeros(2, 1, 4))
+
+
+def test_layer_norm_is_per_position():
+    a = draw(2, 4, 16)
+    alone = torch.stack([layer_norm(a[:, t : t + 1])[:, 0] for t in range(4)], 1)
+    torch.testing.assert_close(layer_norm(a), alone)
+
+
+# ---- loss and momentum -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0, 0.25, 2, 4])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+def test_loss_is_smooth_l1_summed(beta, scale):
+    differences = [0, 1e-3, beta / 2, beta - 1e-3, beta, beta + 1e-3, 2 * beta + 1, 30]
+    differences += [-d for d in differences]
+    pred = draw(8, 2)
+    target = pred - torch.tensor(differences).view(8, 2)
+    total = slope = 0.0
+    for d in (pred.double() - target.double()).flatten().tolist():
+        total += d * d if beta == 0 else 0.5 * d * d / beta if abs(d) <= beta else abs(d) - 0.5 * beta
+        slope += abs(2 * d) if beta == 0 else min(abs(d) / beta, 1)
+    pred.requires_grad_()
+    loss = regression_loss(pred, target, beta, scale)
+    loss.backward()
+    assert loss.shape == () and loss.item() == pytest.approx(scale * total, rel=1e-5)
+    assert pred.grad.abs().sum().item() == pytest.approx(scale * slope, rel=1e-5)
+
+
+def test_loss_is_computed_in_float32():
+    pred, target = draw(50, 4).bfloat16(), draw(50, 4, seed=1).bfloat16()
+    loss = regression_loss(pred, target, 2, 0.25)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(regression_loss(pred.double(), target.double(), 2, 0.25).item(), rel=1e-5)
+
+
+def test_tau_is_linear_then_constant():
+    for step in range(1, 200):
+        expected = 0.9 + min(step / 100, 1) * 0.09
+        assert tau_at(step, 0.9, 0.99, 100) == pytest.approx(expected, abs=1e-12)
+    assert tau_at(100, 0.9, 0.99, 100) == tau_at(10**9, 0.9, 0.99, 100) == 0.99
+    assert tau_at(1, 0.5, 0.7, 0) == 0.7, "no ramp: tau_e from the first step"
+
+
+# ---- meters ----------------------------------------------------------------------------------------------------------
+
+
+def test_feature_std_is_over_positions_then_mean_over_features():
+    y = draw(40, 5)
+    expected = np.mean([np.std(y[:, c].double().numpy()) for c in range(5)])
+    assert feature_std(y).item() == pytest.approx(expected, rel=1e-5)
+    assert feature_std(draw(1, 5).expand(40, 5)).item() < 1e-6, "collapsed: all positions alike"
+
+
+def batches(sizes=(3, 1, 5), t=6, d=4, offset=0.0):
+    """(pred, y, mask) of several sizes, with a different mean at each position."""
+    out = []
+    for i, b in enumerate(sizes):
+        y = draw(b, t, d, seed=i) + torch.arange(t)[:, None] + offset
+        mask = draw(b, t, seed=100 + i) > 0.5
+        mask[:, 0] = True
+        out.append((y[mask] + draw(int(mask.sum()), d, seed=200 + i) / 4, y, mask))
+    return out
+
+
+def two_pass(parts, by_position):
+    pred = np.concatenate([p.double().numpy() for p, _, _ in parts])
+    y = np.concatenate([y.double().numpy() for _, y, _ in parts])
+    mask = np.concatenate([m.numpy() for _, _, m in parts])
+    m = np.broadcast_to(y.mean(0) if by_position else y.mean((0, 1)), y.shape)
+    return 1 - ((pred - y[mask]) ** 2).sum() / ((y[mask] - m[mask]) ** 2).sum()
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_explained_is_that_of_two_passes(by_position, offset):
+    parts = batches(offset=offset)
+    assert explained(iter(parts), by_position) == pytest.approx(two_pass(parts, by_position), abs=1e-6)
+
+
+def test_explained_allows_other_lengths_where_positions_have_no_meaning():
+    parts = [*batches((2, 3), t=5), *batches((4,), t=9)]
+    flat = [(p, y.flatten(0, 1)[:, None], m.flatten()[:, None]) for p, y, m in parts]
+    assert explained(parts, False) == pytest.approx(two_pass(flat, True), abs=1e-6)
+
+
+def test_explained_is_0_for_the_mean_of_each_position_and_1_for_the_truth():
+    parts = [(y, y, torch.ones_like(mask)) for _, y, mask in batches()]
+    means = torch.cat([y for _, y, _ in parts]).mean(0)
+    guess = [(means.expand_as(y).flatten(0, 1), y, mask) for _, y, mask in parts]
+    truth = [(y[mask], y, mask) for _, y, mask in parts]
+    assert explained(guess, True) == pytest.approx(0, abs=1e-6)
+    assert explained(truth, True) == explained(truth, False) == 1
+    assert explained(guess, False) > 0.1, "knowing the place explains something when the mean is one for all"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 7.7, 1234.5])
+def test_explained_is_nan_when_there_is_nothing_to_explain(value):
+    y = torch.full((3, 6, 4), value)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    pred = y[mask] + 0.01
+    assert math.isnan(explained([(pred, y, mask)], True)) and math.isnan(explained([(pred, y, mask)], False))
+    y = draw(1, 6, 4)  # one picture is its own mean
+    assert math.isnan(explained([(y[0] + 0.01, y, mask[:1])], True))
