@@ -26,7 +26,8 @@ def run(main) -> None:
         main()
     except (BadInput, argparse.ArgumentError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            message = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's error
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -84,6 +85,13 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
     return config
 
 
+def check_range(config, low: float, high: float, names: str) -> None:
+    """Raises BadInput unless each of the named options lies in [low, high]."""
+    for name in names.split():
+        if not low <= getattr(config, name) <= high:
+            raise BadInput(f"--{name} {getattr(config, name)}: must be " + (f"at least {low}" if high == math.inf else f"between {low} and {high}"))
+
+
 def default_folder(name: str, resume: bool) -> str:
     """runs/NAME, or the first free of runs/NAME-2, -3, ...; with resume the last one that exists."""
     folders = [Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
@@ -103,6 +111,14 @@ def start_processes(device: str) -> tuple[int, int, torch.device]:
         return 0, 1, device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches an update, so that any number of processes trains on the user's global batch. Raises BadInput."""
+    count = math.ceil(global_batch / (world * (micro_batch or global_batch)))
+    if global_batch % (world * count):
+        raise BadInput(f"--global_batch {global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
+    return count
 
 
 def gather(value) -> list:

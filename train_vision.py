@@ -128,19 +128,11 @@ def lr_at(step: int, cfg: Config) -> float:
 
 
 def check(cfg: Config, world: int) -> int:
-    """Values that cannot work are refused before anything is loaded. Returns the number of micro-batches an update."""
-    for name in ("steps", "global_batch", "log_every", "image_size", "patch", "dim", "depth", "heads", "ffn", "eval_images", "probe_images"):
-        if getattr(cfg, name) < 1:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    for name in ("micro_batch", "workers", "save_every", "probe_every", "warmup", "tau_n", "window", "beta", "lr", "clip"):
-        if getattr(cfg, name) < 0:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must not be negative")
-    for name in ("mask_ratio", "crop_min"):
-        if not 0 < getattr(cfg, name) <= 1:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: a share, more than 0 and at most 1")
-    for name in ("tau_0", "tau_e", "drop_path", "dropout", "attn_dropout", "jitter"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: must be between 0 and 1")
+    """Refuses values that cannot work. Returns the number of micro-batches an update."""
+    common.check_range(cfg, 1, math.inf, "steps global_batch log_every image_size patch dim depth heads ffn top_k mask_block eval_images probe_images")  # fmt: skip
+    common.check_range(cfg, 0, math.inf, "micro_batch workers save_every probe_every image_width warmup tau_n window beta lr clip")
+    common.check_range(cfg, 0, 1, "tau_0 tau_e drop_path dropout attn_dropout jitter")
+    common.check_range(cfg, 1e-9, 1, "mask_ratio crop_min")
     if cfg.dim % cfg.heads:
         raise BadInput(f"--dim {cfg.dim} is not a multiple of --heads {cfg.heads}")
     if cfg.top_k > cfg.depth:
@@ -148,10 +140,7 @@ def check(cfg: Config, world: int) -> int:
     for side in (cfg.image_size, cfg.image_width):
         if side % cfg.patch:
             raise BadInput(f"image of {side} pixels: not a multiple of --patch {cfg.patch}")
-    accumulation = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
-    if cfg.global_batch % (world * accumulation):
-        raise BadInput(f"--global_batch {cfg.global_batch} does not split into {world} processes x {accumulation} micro-batches; take a multiple of {world * accumulation}")  # fmt: skip
-    return accumulation
+    return common.accumulation(cfg.global_batch, cfg.micro_batch, world)
 
 
 def main():
@@ -206,10 +195,14 @@ def main():
         common.set_rng_state(state["rng"], rank, device)
         step, begin, row, bad = state["step"], state["begin"], state["row"], set(state["bad"])
     elif cfg.init:
-        state = convert.read(cfg.init, grid)
-        student.load_state_dict(state["student"])
-        keep = cfg.init_teacher == "teacher" and state["teacher"]
-        teacher.load_state_dict(state["teacher"]) if keep else teacher.update(student.encoder, 0.0)
+        state = convert.read(cfg.init)
+        if "classes" in state:
+            raise BadInput(f"--init {cfg.init}: a fine-tuned classifier; pre-training goes on from a pre-trained checkpoint")
+        grids = convert.patch_grid(state["config"]), grid
+        convert.load_into(student, state["student"], cfg.init, *grids)
+        teacher.update(student.encoder, tau=0.0)  # a copy of the student
+        if cfg.init_teacher == "teacher" and state["teacher"]:
+            convert.load_into(teacher, state["teacher"], cfg.init, *grids)
     if rank == 0:
         common.trim_log(folder, step)
     if cfg.compile:

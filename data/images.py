@@ -184,7 +184,7 @@ def glyph(letter, side=128, ink=0.2):
 
 def texture(rng, n, x, y):
     """-> (n, H, W) float32 in -1..1: stripes, checks, rings or a shading over the plane (x, y) in -1..1."""
-    kind = rng.integers(4, size=(n, 1, 1))
+    kind = rng.integers(4, size=(n, 1, 1))                  # 0 stripes, 1 checks, 2 rings, 3 shading
     angle, start_x, start_y = rng.uniform(0, 2 * np.pi, (3, n, 1, 1)).astype(np.float32)
     waves = np.where(kind == 3, 0.5, rng.uniform(4, 11, (n, 1, 1))).astype(np.float32)
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -508,8 +508,10 @@ def read_cifar10(archive):
 def check_imagenet(root):
     """Print what is found below root; raise BadInput that names what is missing from ImageNet-1K."""
     train, val = open_folder(root)
-    wrong = [] if os.path.isdir(os.path.join(root, "val")) else ["no folder val/"]
-    for split, images, right in (("train", train, 1281167), ("val", val, 50000))[:2 - len(wrong)]:
+    if not os.path.isdir(os.path.join(root, "val")):
+        raise BadInput(f"{root}: no folder val/ in it; see the layout above")
+    wrong = []
+    for split, images, right in (("train", train, 1281167), ("val", val, 50000)):
         known = len(set(images.labels) - {-1})
         print(f"{split}: {len(images)} images in {known} classes")
         if known != 1000:

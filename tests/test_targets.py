@@ -176,10 +176,15 @@ def test_explained_is_0_for_the_mean_of_each_position_and_1_for_the_truth():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 7.7, 1234.5])
-def test_explained_is_nan_when_there_is_nothing_to_explain(value):
-    y = torch.full((3, 6, 4), value)
-    mask = torch.ones(3, 6, dtype=torch.bool)
-    pred = y[mask] + 0.01
-    assert math.isnan(explained([(pred, y, mask)], True)) and math.isnan(explained([(pred, y, mask)], False))
-    y = draw(1, 6, 4)  # one picture is its own mean
-    assert math.isnan(explained([(y[0] + 0.01, y, mask[:1])], True))
+def test_explained_is_nan_for_constant_targets(value):
+    y, mask = torch.full((3, 6, 4), value), torch.ones(3, 6, dtype=torch.bool)
+    for by_position in (True, False):
+        assert math.isnan(explained([(y[mask] + 0.01, y, mask)], by_position))
+
+
+def test_explained_is_nan_for_one_picture_which_is_its_own_mean():
+    """Whatever rounding leaves of a spread that is zero in truth must not become a huge number."""
+    for seed in range(40):
+        y, mask = draw(1, 64, 128, seed=seed), draw(1, 64, seed=100 + seed) > 0
+        value = explained([(y[mask] + 0.01, y, mask)], True)
+        assert math.isnan(value), f"seed {seed}: {value}"

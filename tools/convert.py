@@ -65,11 +65,11 @@ def vision_config(encoder: dict[str, Tensor]) -> dict:
 
 
 def from_released_vision(file: dict) -> dict:
-    """{"model": ..., "model_ema": ...} with the released names -> {"student" | "classifier", "teacher", "config"}.
+    """{"model": ..., "model_ema": ...} with the released names -> {"student", "teacher", "config"[, "classes"]}.
 
-    student     encoder.* and head.* (pre-trained)
-    classifier  encoder.*, norm.* and out.* (fine-tuned; the final norm and the mask token are not in such a file)
-    teacher     encoder.*, or None
+    student  encoder.* and head.* (pre-trained), or encoder.*, norm.* and out.* of a classifier (fine-tuned: such a file
+             has no mask token and no final norm, and does not name its classes: they become "0", "1", ...)
+    teacher  encoder.*, or None
     """
     model, ema = file.get("model", file), file.get("model_ema")
     for part in (model, ema or {}):
@@ -80,7 +80,8 @@ def from_released_vision(file: dict) -> dict:
     full = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     new = {"config": vision_config(encoder), "teacher": None}
     if "fc_norm.weight" in model:
-        new["classifier"] = full | rename(model, VISION_CLASSIFIER)
+        new["student"] = full | rename(model, VISION_CLASSIFIER)
+        new["classes"] = [str(i) for i in range(len(model["head.weight"]))]
     else:
         new["student"] = full | {f"head.{name}": tensor for name, tensor in rename(model, VISION_HEAD).items()}
     if ema:
@@ -92,23 +93,34 @@ def from_released_vision(file: dict) -> dict:
 
 
 def read(path: str) -> dict:
-    """A checkpoint of any known origin -> {"student" or "classifier", "teacher" or None, "config"}. Raises BadInput."""
+    """A checkpoint of any known origin -> {"student", "teacher" or None, "config", "classes" if fine-tuned}. Raises BadInput."""
     file = common.load(path)
     if not isinstance(file, dict):
-        raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint")
-    if "config" in file and ("student" in file or "classifier" in file):
-        return {"teacher": None} | file
+        raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint; give ckpt.pt or best.pt of a run")
+    if {"student", "teacher", "config"} <= file.keys():
+        return file
     names = file.get("model", file)
     if isinstance(names, dict) and "patch_embed.proj.weight" in names:
         return from_released_vision(file)
     raise BadInput(f"{path}: neither a checkpoint of ours nor a released vision checkpoint; it holds {', '.join(map(str, list(file)[:6]))}")
 
 
-def fit_positions(state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """Interpolates every relative-position table in `state` from one grid of patches to another (bicubic)."""
-    if old == new:
-        return state
-    return {name: resize_positions(t, old, new) if name.endswith("embed.table") else t for name, t in state.items()}
+def patch_grid(config: dict) -> tuple[int, int]:
+    """(H, W) in patches of the images that a model of this config takes."""
+    return config["image_size"] // config["patch"], (config.get("image_width") or config["image_size"]) // config["patch"]
+
+
+def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int], new: tuple[int, int]):
+    """Loads weights, with the relative positions interpolated (bicubic) from the grid `old` to `new`.
+
+    Raises BadInput that names what does not fit: no parameter stays random, no weight is left over.
+    """
+    mine = module.state_dict()
+    fitted = {n: resize_positions(t, old, new) if old != new and n.endswith("embed.table") else t for n, t in weights.items()}
+    odd = [n for n in mine.keys() | fitted.keys() if n not in mine or n not in fitted or mine[n].shape != fitted[n].shape]
+    if odd:
+        raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
+    module.load_state_dict(fitted)
 
 
 def main():

@@ -1,0 +1,331 @@
+"""common.py: options, run folders, checkpoints that survive crashes and refuse to run what they hold, metric lines."""
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import common
+from common import BadInput, option
+
+
+@dataclass
+class Config:
+    preset: str = option("small", "named values")
+    out: str = option("", "folder")
+    resume: bool = option(False, "go on")
+    steps: int = option(10, "how many")
+    lr: float = option(0.1, "how fast")
+    shape: str = option("round", "which", ("round", "square"))
+    fast: bool = option(True, "whether")
+    files: list = option([], "pictures")
+
+
+PRESETS = {"small": dict(), "big": dict(steps=1000, lr=0.5)}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def parse(*flags):
+    sys.argv[1:] = flags
+    return common.parse(Config, PRESETS, "A toy.", "toy")
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy.py"])
+
+
+def refused(capsys, *flags):
+    """The one line on stderr with which a program with these options ends, status 2."""
+    with pytest.raises(SystemExit) as end:
+        common.run(lambda: parse(*flags))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("toy.py: "), err
+    return err
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_flags_beat_the_preset_and_the_preset_beats_the_defaults():
+    assert parse().steps == 10 and parse().preset == "small"
+    config = parse("--preset", "big", "--lr", "0.7")
+    assert (config.preset, config.steps, config.lr, config.shape) == ("big", 1000, 0.7, "round")
+
+
+def test_a_resumed_run_keeps_its_own_values_except_those_given(tmp_path):
+    folder = common.open_run("a", vars(parse("--preset", "big", "--steps", "77", "--shape", "square", "--out", "a")), False, 0)
+    assert folder.samefile(tmp_path / "a")
+    config = parse("--out", "a", "--resume", "--lr", "0.9")
+    assert (config.preset, config.steps, config.shape, config.lr) == ("big", 77, "square", 0.9)
+    assert config.resume is True and config.out == "a"
+    assert parse("--out", "a", "--resume", "--preset", "big").steps == 77, "the preset of the run says nothing new"
+    assert parse("--out", "a").steps == 10, "without --resume the folder says nothing"
+    assert parse("--out", "nothing-there", "--resume").steps == 10
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"steps": 3}', '{"preset": "big", "steps": "many"}'])
+def test_a_damaged_config_is_named_when_resuming(capsys, damage):
+    os.mkdir("a")
+    with open("a/config.json", "w") as file:
+        file.write(damage)
+    assert "config.json" in refused(capsys, "--out", "a", "--resume")
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [([], True), (["--fast"], True), (["--fast", "true"], True), (["--fast", "False"], False), (["--fast=FALSE"], False)],
+)
+def test_switches_are_set_by_name_or_by_true_and_false(flags, value):
+    assert parse(*flags).fast is value
+    assert parse(*flags, "--lr", "1").lr == 1, "a switch does not swallow the next option"
+
+
+@pytest.mark.parametrize("text, value", [("100000", 100_000), ("1e5", 100_000), ("-3", -3), ("1E2", 100), ("2.0", 2)])
+def test_whole_numbers_may_be_written_as_powers_of_ten(text, value):
+    steps = parse("--steps", text).steps
+    assert steps == value and type(steps) is int
+
+
+def test_large_whole_numbers_stay_exact():
+    assert parse("--steps", str(2**53 + 1)).steps == 2**53 + 1
+
+
+def test_numbers_lists_and_choices():
+    assert parse("--lr", "1e-3").lr == 1e-3 and type(parse("--lr", "2").lr) is float
+    assert parse("--files", "a.png", "b.png").files == ["a.png", "b.png"] and parse().files == []
+    assert parse("--shape", "square").shape == "square"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--stps", "3"], ["--stps", "--steps", "--lr", "--shape", "--fast"]),  # lists what exists
+        (["--ste", "3"], ["--ste", "--steps"]),  # no abbreviations
+        (["stray"], ["stray"]),
+        (["--preset", "huge"], ["huge", "small", "big"]),
+        (["--shape", "flat"], ["--shape", "flat", "round", "square"]),
+        (["--steps", "many"], ["--steps", "many", "int"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
+        (["--steps", "nan"], ["--steps"]),
+        (["--steps", "1e999"], ["--steps"]),
+        (["--lr", "inf"], ["--lr"]),
+        (["--lr", "fast"], ["--lr", "float"]),
+        (["--fast", "maybe"], ["--fast", "maybe"]),
+        (["--steps"], ["--steps"]),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_meant_is_one_line_and_status_2(capsys, flags, said):
+    line = refused(capsys, *flags)
+    assert all(word in line for word in said), line
+
+
+def test_help_names_every_field_with_the_values_of_the_preset(capsys):
+    for flags, steps in (["--help"], "10"), (["--preset", "big", "--help"], "1000"), (["-h", "--steps", "3"], "3"):
+        with pytest.raises(SystemExit) as end:
+            common.run(lambda flags=flags: parse(*flags))
+        out, err = capsys.readouterr()
+        assert end.value.code == 0 and err == "" and "A toy." in out and "small, big" in out
+        assert f"--steps {steps} " in out and "how many" in out and all(f"--{name}" in out for name in vars(Config()))
+
+
+def test_the_default_folder_is_the_first_free_one(tmp_path):
+    assert parse().out == "runs/toy-small" and parse("--preset", "big").out == "runs/toy-big"
+    assert parse("--resume").out == "runs/toy-small"
+    for name in ("toy-small", "toy-small-2", "toy-small-4"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert parse().out == "runs/toy-small-3", "a new run takes the first free name"
+    assert parse("--resume").out == "runs/toy-small-2", "a resumed one the last before it"
+    assert common.default_folder("x", False) == "runs/x"
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, status", [(BadInput("x.pt: gone"), 2), (KeyboardInterrupt(), 130), (SystemExit(1), 1)])
+def test_exit_status(error, status):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    assert end.value.code == status
+
+
+def test_success_returns_and_other_errors_keep_their_traceback():
+    common.run(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        common.run(lambda: 1 / 0)
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        common.run(lambda: parse("--stps"))
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- run folder --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_writes_its_config_and_an_old_run_is_refused(tmp_path):
+    folder = common.open_run("a/b", {"steps": 3}, False, 0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 3 and config["versions"]["torch"] == torch.__version__ and "toy.py" in config["command"]
+    for name in ("config.json", "ckpt.pt", "metrics.jsonl"):
+        (tmp_path / name[:2]).mkdir()
+        (tmp_path / name[:2] / name).touch()
+        with pytest.raises(BadInput, match="--resume"):
+            common.open_run(name[:2], {}, False, 0)
+        assert common.open_run(name[:2], {}, True, 0).is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    common.open_run("other", {}, False, 0)  # a folder without a run is fine
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/a"):
+        with pytest.raises(BadInput, match=out):
+            common.open_run(out, {}, False, 0)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    common.open_run("a", {}, False, 1)
+    assert not (tmp_path / "a").exists()
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = dict(student={"w": torch.randn(3, 2)}, step=5, config={"lr": 0.1, "out": "a"}, rng=[common.rng_state(torch.device("cpu"))])
+    common.save(tmp_path / "ckpt.pt", **state)
+    back = common.load(tmp_path / "ckpt.pt")
+    assert back.keys() == state.keys() and back["config"] == state["config"] and back["step"] == 5
+    assert torch.equal(back["student"]["w"], state["student"]["w"])
+    assert os.listdir(tmp_path) == ["ckpt.pt"], "no temporary file stays"
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save(tmp_path / "ckpt.pt", step=1)
+
+    def crash(state, file):
+        file.write(b"half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="No space"):
+        common.save(tmp_path / "ckpt.pt", step=2)
+    assert common.load(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+def test_a_file_is_on_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: (order.append("fsync"), real(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (order.append("replace"), real(a, b)))
+    common.save(tmp_path / "ckpt.pt", step=1)
+    assert order == ["fsync", "replace"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def damaged():
+    """Name -> bytes of files that are no checkpoints."""
+    common.save(common.Path("good.pt"), student={"w": torch.randn(50, 50)}, step=3)
+    good = common.Path("good.pt").read_bytes()
+    torch.save({"w": Malicious()}, "bad.pt")
+    return {
+        "empty": b"", "one byte": good[:1], "truncated early": good[:30], "truncated": good[: len(good) // 2],
+        "without its end": good[:-1], "text": b"these are not the weights\n", "json": b'{"step": 3}', "numbers": b"0 1 2 3\n",
+        "dots": b"...", "picture": b"\x89PNG\r\n\x1a\n" + bytes(99), "zeros": bytes(1000),
+        "malicious": common.Path("bad.pt").read_bytes(), "malicious pickle": pickle.dumps(Malicious(), 2),
+        "truncated pickle": pickle.dumps({"step": 3, "w": "x" * 300}, 2)[:-150], "odd pickle": b"\x80\x02X\x09",
+    }  # fmt: skip
+
+
+NAMES = ["empty", "one byte", "truncated early", "truncated", "without its end", "text", "json", "numbers", "dots", "picture",
+         "zeros", "malicious", "malicious pickle", "truncated pickle", "odd pickle"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path, name):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(damaged()[name])
+    with pytest.raises(BadInput) as error:
+        common.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(BadInput, match=str(path)):
+            common.load(path)
+
+
+def test_random_state_comes_back_for_the_ranks_that_were_there():
+    cpu = torch.device("cpu")
+    torch.manual_seed(1)
+    states = [common.rng_state(cpu)]
+    expected = torch.rand(3)
+    torch.rand(7)
+    common.set_rng_state(states, 0, cpu)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(2)
+    expected = torch.rand(3)
+    torch.manual_seed(2)
+    common.set_rng_state(states, 1, cpu)
+    assert torch.equal(torch.rand(3), expected), "a rank that the old run did not have keeps its own seed"
+
+
+# ---- metric lines --------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 6):
+        common.log(tmp_path, {"step": step, "loss": 1 / step})
+    whole = path.read_text().splitlines(keepends=True)
+    common.trim_log(tmp_path, 5)
+    assert path.read_text() == "".join(whole)
+    path.write_text("".join(whole) + '{"step": 6, "lo')  # killed while writing
+    common.trim_log(tmp_path, 9)
+    assert path.read_text() == "".join(whole)
+    path.write_text("".join(whole)[:-1])  # killed before the end of the line
+    common.trim_log(tmp_path, 9)
+    assert path.read_text() == "".join(whole)
+    common.trim_log(tmp_path, 3)
+    common.log(tmp_path, {"step": 4})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_log_that_is_not_there_begins_empty(tmp_path):
+    common.trim_log(tmp_path, 3)
+    assert not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_one_process_gathers_only_its_own_value():
+    assert common.gather({"a": 1}) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("name, wanted", [("float32", False), ("bfloat16", True)])
+def test_the_dtype_that_was_asked_for_is_taken(name, wanted):
+    assert common.bfloat16_wanted(name, torch.device("cpu")) is wanted
+    assert common.bfloat16_wanted("auto", torch.device("cpu")) in (True, False)
+
+
+def test_peak_memory_is_in_gigabytes():
+    assert 0.05 < common.peak_memory_gb(torch.device("cpu")) < 64
