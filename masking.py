@@ -23,7 +23,7 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, min_block: int, 
 
     batch      number of independent masks B
     grid       (H, W) in patches; the image's size divided by the patch size
-    ratio      share of patches to hide, in (0, 1); 0.6 hides 120 of 196
+    ratio      share of patches to hide, in (0, 1]; the paper's 60 % is 120 / 196
     min_block  smallest rectangle, in patches (16 of 196); too large for the grid and nothing fits
     returns    (B, H * W) bool, row-major, at least one True in every row
     """

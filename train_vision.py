@@ -95,7 +95,11 @@ class Config:
 
 PRESETS = {
     # python train_vision.py: 2 CPU cores, see README for seconds and numbers
-    "smoke": dict(mask_block=4, top_k=4, norm="instance", final_norm="none", learned_std=0.3, relative=False, tau_0=0.98, tau_e=0.998, tau_n=500, lr=3e-3, mask_ratio=0.6, guard_after=200),
+    "smoke": dict(
+        steps=600, global_batch=64, workers=1, probe_every=0, probe_images=2000, eval_images=1000, depth=3, guard_after=200,
+        mask_block=4, top_k=3, norm="instance", final_norm="none", learned_std=0.3,
+        tau_0=0.95, tau_e=0.995, tau_n=300, lr=3e-3, warmup=60,
+    ),
     # python train_vision.py --preset cifar10 --data DIR: 2 CPU cores or any GPU, see README
     "cifar10": dict(
         steps=16_000, global_batch=128, log_every=50, save_every=500, probe_every=2000, eval_images=2000, workers=1,
@@ -220,7 +224,7 @@ def main():
         keys = [[(0, int(i)) for i in part] for part in np.array_split(chosen, math.ceil(len(chosen) / 125))]
         got = list(load(images.Views(pictures, resize, 0, hide, replace=False), keys))
         bad.update(line for *_, broken in got for line in broken)
-        return got
+        return [batch for batch in got if len(batch[0])]
 
     keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
     batches = iter(load(images.Views(train, augment, cfg.seed, hide), keys))
