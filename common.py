@@ -1,12 +1,10 @@
-"""Plumbing that nobody ablates: options, processes, run folder, checkpoints, metric lines, exit codes."""
+"""Plumbing that nobody ablates: options, processes, the run's folder, checkpoints, metric lines, exit codes."""
 
 import argparse
 import functools
 import json
 import math
 import os
-import pickle
-import platform
 import resource
 import sys
 from dataclasses import field, fields
@@ -26,7 +24,7 @@ def run(main) -> None:
         main()
     except (BadInput, argparse.ArgumentError) as error:
         if os.environ.get("RANK", "0") == "0":
-            message = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's error
+            message = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -49,12 +47,11 @@ def read_value(kind: type, text: str):
         return bool(("false", "true").index(text.lower()))
     if not math.isfinite(number := float(text)) or kind is int and number != int(number):
         raise ValueError
-    return kind(number)
+    return int(text) if kind is int and text.isdigit() else kind(number)
 
 
 def parse(config_class, presets: dict[str, dict], about: str, family: str):
     """Command line -> config. Later wins: defaults, preset, the run's own config.json with --resume, `--key value`."""
-    names = [f.name for f in fields(config_class)]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
     for f in fields(config_class):
@@ -64,22 +61,23 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
         count = {bool: {"nargs": "?", "const": True}, list: {"nargs": "*"}}.get(kind, {})
         parser.add_argument(f"--{f.name}", type=read, choices=f.metadata["choices"], default=argparse.SUPPRESS, **count)
     given, unknown = parser.parse_known_args()
-    given = vars(given)
-    help_wanted = given.pop("help", False)
+    given, names = vars(given), [f.name for f in fields(config_class)]
     if unknown:
         raise BadInput(f"unknown option {unknown[0]}; the options are " + " ".join(f"--{name}" for name in names))
     preset = given.get("preset", next(iter(presets)))
-    given.setdefault("out", default_folder(f"{family}-{preset}", given.get("resume", False)))
-    stored = Path(given["out"]) / "config.json"
+    stored = Path(given.setdefault("out", f"runs/{family}-{preset}"), "config.json")
     if given.get("resume") and stored.exists():
-        old = {k: v for k, v in json.loads(stored.read_text()).items() if k in names}
+        try:
+            old = {f.name: f.metadata["kind"](json.loads(stored.read_text())[f.name]) for f in fields(config_class)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{stored}: damaged or of another version ({error!r}); mend it or start anew") from None
         presets, preset = presets | {old["preset"]: old}, given.get("preset", old["preset"])
     if preset not in presets:
         raise BadInput(f"--preset {preset}: no such preset; choose from {', '.join(presets)}")
-    config = config_class(**{"preset": preset} | presets[preset] | given)
-    if help_wanted:
+    config = config_class(**{"preset": preset} | presets[preset] | {k: v for k, v in given.items() if k != "help"})
+    if "help" in given:
         print(f"{about}\npresets: {', '.join(presets)}\noptions, with their values in preset {preset}:")
-        for f in fields(config_class):
+        for f in fields(config):
             print(f"  --{f.name} {getattr(config, f.name)}".ljust(30), f.metadata["help"])
         sys.exit(0)
     return config
@@ -88,129 +86,73 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
 def check_range(config, low: float, high: float, names: str) -> None:
     """Raises BadInput unless each of the named options lies in [low, high]."""
     for name in names.split():
-        if not low <= getattr(config, name) <= high:
-            raise BadInput(f"--{name} {getattr(config, name)}: must be " + (f"at least {low}" if high == math.inf else f"between {low} and {high}"))
+        if not low <= (value := getattr(config, name)) <= high:
+            raise BadInput(f"--{name} {value}: must be at least {low}" + (f", at most {high}" if high < math.inf else ""))
 
 
-def default_folder(name: str, resume: bool) -> str:
-    """runs/NAME, or the first free of runs/NAME-2, -3, ...; with resume the last one that exists."""
-    folders = [Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
-    free = next(i for i, folder in enumerate(folders) if not folder.exists())
-    return str(folders[max(free - 1, 0) if resume else free])
-
-
-def start_processes(device: str) -> tuple[int, int, torch.device]:
-    """Joins torchrun's process group, if there is one -> rank, world size, this process's device."""
+def start_processes(device: str, dtype: str) -> tuple[int, int, torch.device, torch.autocast]:
+    """Joins torchrun's process group, if any -> rank, world size, device, autocast (auto: bfloat16 if native)."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no GPU here; take --device cpu")
-    device = torch.device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches an update, so that any number of processes trains on the user's global batch. Raises BadInput."""
-    count = math.ceil(global_batch / (world * (micro_batch or global_batch)))
-    if global_batch % (world * count):
-        raise BadInput(f"--global_batch {global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
-    return count
+    cuda = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.cuda.set_device(place) if cuda else None
+    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and native)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), place, autocast
 
 
 def gather(value) -> list:
     """The picklable value of every rank, in order of rank."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
+    values = [value] * int(os.environ.get("WORLD_SIZE", 1))
+    dist.all_gather_object(values, value) if dist.is_initialized() else None
     return values
 
 
-def bfloat16_wanted(dtype: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16; auto: where the hardware multiplies it natively."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability() >= (8, 0)
-    return dtype == "bfloat16" or dtype == "auto" and fast
-
-
 def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
-    """Creates the run's folder with config.json; refuses a folder that already holds a run, unless resuming."""
+    """Makes the run's folder and its config.json; refuses a folder that already holds a run, unless resuming."""
     folder = Path(out)
-    if not resume and any((folder / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl")):
-        raise BadInput(f"--out {out}: already holds a run; continue it with --resume, or take another folder")
-    gather(None)  # no rank writes before all have looked
     if rank == 0:
+        if not resume and any((folder / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl")):
+            raise BadInput(f"--out {out}: already holds a run; continue it with --resume, or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--out {out}: cannot make this folder ({error.strerror})") from None
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(folder / "config.json", config | {"versions": versions, "command": " ".join(sys.argv)})
+        about = {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "command": " ".join(sys.argv)}
+        save(folder / "config.json", config | about)
     return folder
 
 
-def write_json(path: Path, value) -> None:
-    replace(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def replace(path: Path, write) -> None:
-    """Writes a file that is always whole: under a temporary name first, then renamed over the old one."""
+def save(path: Path, state: dict) -> None:
+    """Writes .json or a checkpoint under a temporary name, then renames: a crash leaves the previous file whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(state, indent=2)) if path.suffix == ".json" else torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def save(path: Path, **state) -> None:
-    replace(path, lambda file: torch.save(state, file))
-
-
-def load(path: str | Path) -> dict:
-    """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint") from None
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely ({reason})") from None
-
-
-def rng_state(device: torch.device) -> dict:
+def rng_state(device: torch.device) -> list[torch.Tensor]:
     """This process's random state (dropout, drop path); gather() it over ranks into the checkpoint."""
-    return {"cpu": torch.get_rng_state()} | ({"gpu": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else [])
 
 
-def set_rng_state(states: list[dict], rank: int, device: torch.device) -> None:
+def set_rng_state(states: list[list[torch.Tensor]], rank: int) -> None:
     """Restores this rank's state; processes that the interrupted run did not have keep their fresh seed."""
-    if rank < len(states):
-        torch.set_rng_state(states[rank]["cpu"])
-        if device.type == "cuda" and "gpu" in states[rank]:
-            torch.cuda.set_rng_state(states[rank]["gpu"])
+    for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), (states + [[]] * rank)[rank]):
+        setter(state)
 
 
-def log(folder: Path, row: dict) -> None:
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def trim_log(folder: Path, step: int) -> None:
-    """Drops metric lines after `step` (a resumed run writes them again) and one that was cut short."""
+def open_metrics(folder: Path, step: int):
+    """metrics.jsonl, opened to append lines; those after `step`, which a resumed run writes again, are dropped."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    replace(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+    path.write_text("".join(f"{s}\n" for s in lines if s.endswith("}") and json.loads(s)["step"] <= step))
+    return open(path, "a", buffering=1)  # a line is on disk when it is written
 
 
 def peak_memory_gb(device: torch.device) -> float:
     """The largest memory of this process so far: the GPU's when it trains there, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else kilobytes / 2**20

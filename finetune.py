@@ -7,6 +7,7 @@
     python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png        # what is in these pictures?
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
@@ -101,13 +102,15 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 0, math.inf, "micro_batch workers save_every probe_every image_size warmup lr clip mixup cutmix")
     common.check_range(cfg, 0, 1, "drop_path dropout attn_dropout smoothing erasing jitter layer_decay")
     common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
-    return common.accumulation(cfg.global_batch, cfg.micro_batch, world)
+    count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
+    if cfg.global_batch % (world * count):
+        raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
+    return count
 
 
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
-    rank, world, device = common.start_processes(cfg.device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=common.bfloat16_wanted(cfg.dtype, device))
+    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
@@ -138,13 +141,12 @@ def main():
     step, best, row, bad, named = 0, {"top1": -1.0}, {"seconds": 0.0}, set(), set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
-        state = common.load(folder / "ckpt.pt")
+        state = convert.read(folder / "ckpt.pt")
         classifier.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        common.set_rng_state(state["rng"], rank, device)
+        common.set_rng_state(state["rng"], rank)
         step, best, row, bad = state["step"], state["best"], state["row"], set(state["bad"])
-    if rank == 0:
-        common.trim_log(folder, step)
+    metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         classifier.encoder.compile()
     ddp = DistributedDataParallel(classifier, broadcast_buffers=False) if world > 1 else classifier
@@ -182,7 +184,7 @@ def main():
             raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
         scores = evaluate()
         if rank == 0:
-            common.write_json(folder / "results.json", scores | {"peak_memory_gb": common.peak_memory_gb(device)})
+            common.save(folder / "results.json", scores | {"peak_memory_gb": common.peak_memory_gb(device)})
             print(", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         return
 
@@ -226,24 +228,26 @@ def main():
         bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))
         if not math.isfinite(row["loss"]):
             raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
-        saved = {"student": classifier.state_dict(), "teacher": None, "config": state["config"], "classes": train.classes}
+        saved = {"student": classifier.state_dict(), "teacher": None, "config": state["config"], "classes": train.classes, "finetune": asdict(cfg)}
         if probe_now:
             row |= (scores := evaluate())
             if scores["top1"] > best["top1"]:
                 best = scores | {"best_step": step}
                 if rank == 0:
-                    common.save(folder / "best.pt", **saved, step=step, finetune=asdict(cfg))
+                    common.save(folder / "best.pt", saved | {"step": step})
             bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())) if rank == 0 else None
         if rank == 0:
-            common.log(folder, row)
+            print(json.dumps(row), file=metrics)
             for line in sorted(bad - named):
                 bar.write(f"skipped {line}")
             named |= bad
         if save_now:
             rng_states = common.gather(common.rng_state(device))
             if rank == 0:
-                common.save(folder / "ckpt.pt", **saved, optimizer=optimizer.state_dict(), step=step, rng=rng_states,
-                            finetune=asdict(cfg), best=best, row=row, bad=sorted(bad))  # fmt: skip
+                common.save(folder / "ckpt.pt", saved | {
+                    "optimizer": optimizer.state_dict(), "step": step, "rng": rng_states, "best": best, "row": row,
+                    "bad": sorted(bad),
+                })  # fmt: skip
         mark, mark_step = time.time(), step
     bar.close()
 
@@ -252,7 +256,7 @@ def main():
         last = {k: row[k] for k in ("top1", "top5") if k in row}
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         results |= last | {f"best_{k}": v for k, v in best.items() if k != "best_step"} | {"best_step": best["best_step"]}
-        common.write_json(folder / "results.json", results | {"images": len(subset), "skipped_files": len(bad)})
+        common.save(folder / "results.json", results | {"images": len(subset), "skipped_files": len(bad)})
         print(f"{len(subset)} labelled images, {cfg.steps} steps in {row['seconds']:.0f} s: top1 {row['top1']:.4f} at the end, "
               f"{best['top1']:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
 

@@ -211,9 +211,8 @@ def relative_index(height: int, width: int) -> Tensor:
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Bicubic interpolation of a relative-position table (rows, H) from one grid of patches to another."""
-    (h0, w0), (h1, w1) = old, new
-    offsets = rearrange(table[:-3], "(y x) h -> 1 h y x", y=2 * h0 - 1)
-    offsets = F.interpolate(offsets.float(), (2 * h1 - 1, 2 * w1 - 1), mode="bicubic", align_corners=False)
+    offsets = rearrange(table[:-3], "(y x) h -> 1 h y x", y=2 * old[0] - 1)
+    offsets = F.interpolate(offsets.float(), (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic", align_corners=False)
     return torch.cat([rearrange(offsets, "1 h y x -> (y x) h").to(table.dtype), table[-3:]])
 
 

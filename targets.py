@@ -23,7 +23,7 @@ def instance_norm(a: Tensor) -> Tensor:
 
     All T positions count, padding too (as released). a: (B, T, D) -> (B, T, D) float32.
     """
-    return F.instance_norm(a.float().transpose(1, 2), eps=EPS).transpose(1, 2)
+    return F.layer_norm(a.float().transpose(1, 2), a.shape[1:2], eps=EPS).transpose(1, 2)  # over T, not D
 
 
 NORMS = {"layer": layer_norm, "instance": instance_norm, "none": Tensor.float}
@@ -102,4 +102,4 @@ def explained(batches: Iterable[tuple[Tensor, Tensor, Tensor]], by_position: boo
         residual += (pred - y[mask]).square().sum().item()
     mean = total / count
     spread = squares + (masked_count * mean.square() - 2 * mean * masked_total).sum().item()  # sum |y - m|^2
-    return 1 - residual / spread if spread > 0 else math.nan
+    return 1 - residual / spread if spread > 1e-12 * squares else math.nan

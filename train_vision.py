@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from model import Student, Teacher, init_vision, regression_head, vision_encoder
 from targets import explained, feature_std, regression_loss, tau_at, top_k_average
 
 from tools import convert
+from tools.probe import knn, linear_probe
 
 
 @dataclass
@@ -144,13 +145,15 @@ def check(cfg: Config, world: int) -> int:
     for side in (cfg.image_size, cfg.image_width):
         if side % cfg.patch:
             raise BadInput(f"image of {side} pixels: not a multiple of --patch {cfg.patch}")
-    return common.accumulation(cfg.global_batch, cfg.micro_batch, world)
+    count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
+    if cfg.global_batch % (world * count):
+        raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
+    return count
 
 
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="vision")
-    rank, world, device = common.start_processes(cfg.device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=common.bfloat16_wanted(cfg.dtype, device))
+    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
     accumulation = check(cfg, world)
 
     # ---- data: a sample is a function of (seed, epoch, index), whatever the rank or worker
@@ -192,11 +195,11 @@ def main():
     step, begin, row, bad, named = 0, None, {"seconds": 0.0}, set(), set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout and drop path, which differ between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
-        state = common.load(folder / "ckpt.pt")
+        state = convert.read(folder / "ckpt.pt")
         student.load_state_dict(state["student"])
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
-        common.set_rng_state(state["rng"], rank, device)
+        common.set_rng_state(state["rng"], rank)
         step, begin, row, bad = state["step"], state["begin"], state["row"], set(state["bad"])
     elif cfg.init:
         state = convert.read(cfg.init)
@@ -207,8 +210,7 @@ def main():
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
         if cfg.init_teacher == "teacher" and state["teacher"]:
             convert.load_into(teacher, state["teacher"], cfg.init, *grids)
-    if rank == 0:
-        common.trim_log(folder, step)
+    metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -281,18 +283,17 @@ def main():
             if probe_now:
                 row |= (end := evaluate(student, teacher, held_out, labelled, cfg, device, autocast))
                 bar.write(f"step {step}: {show(end)}")
-            common.log(folder, row)
+            print(json.dumps(row), file=metrics)
             for line in sorted(bad - named):
                 bar.write(f"skipped {line}")
             named |= bad
         if save_now:
             rng = common.gather(common.rng_state(device))
             if rank == 0:
-                common.save(
-                    folder / "ckpt.pt", student=student.state_dict(), teacher=teacher.state_dict(),
-                    optimizer=optimizer.state_dict(), step=step, config=asdict(cfg), rng=rng,
-                    begin=begin, row=row, bad=sorted(bad),
-                )  # fmt: skip
+                common.save(folder / "ckpt.pt", {
+                    "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
+                    "step": step, "config": asdict(cfg), "rng": rng, "begin": begin, "row": row, "bad": sorted(bad),
+                })  # fmt: skip
         mark, mark_step = time.time(), step
     bar.close()
 
@@ -301,7 +302,7 @@ def main():
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         for name, value in begin.items():
             results |= {f"{name}_start": value, f"{name}_end": row[name]}
-        common.write_json(folder / "results.json", results | {"skipped_files": len(bad)})
+        common.save(folder / "results.json", results | {"skipped_files": len(bad)})
         print(f"{cfg.steps} steps in {row['seconds']:.0f} s; {folder}/results.json, metrics.jsonl, ckpt.pt")
         for name, value in begin.items():
             print(f"  {name:18} {value:.3f} -> {row[name]:.3f}")
@@ -352,38 +353,6 @@ def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dic
             numbers |= {prefix + "knn": knn(*fit, *test), prefix + "probe": linear_probe(*fit, *test)}
     student.train()
     return numbers
-
-
-def standardise(x, x_test):
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    return (x - mean) / std, (x_test - mean) / std
-
-
-def knn(x, y, x_test, y_test, k: int = 20, temperature: float = 0.07) -> float:
-    """Top-1 of a k-nearest-neighbour vote, weighted by exp(cosine / temperature) (Wu et al. 2018)."""
-    x, x_test = (F.normalize(v, dim=1) for v in standardise(x, x_test))
-    weight, near = (x_test @ x.T).topk(min(k, len(x)), dim=1)
-    votes = torch.zeros(len(x_test), int(y.max()) + 1, device=x.device)
-    votes.scatter_add_(1, y[near], (weight / temperature).exp())
-    return (votes.argmax(1) == y_test).float().mean().item()
-
-
-@torch.enable_grad()
-def linear_probe(x, y, x_test, y_test, penalty: float = 1e-3) -> float:
-    """Top-1 of multinomial logistic regression on standardised features, fitted to the end by L-BFGS."""
-    x, x_test = standardise(x, x_test)
-    weight = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
-    bias = torch.zeros(weight.shape[1], device=x.device, requires_grad=True)
-    fit = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        fit.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, y) + penalty * weight.square().sum()
-        loss.backward()
-        return loss
-
-    fit.step(closure)
-    return ((x_test @ weight + bias).argmax(1) == y_test).float().mean().item()
 
 
 if __name__ == "__main__":

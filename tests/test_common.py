@@ -11,6 +11,7 @@ import torch
 
 import common
 from common import BadInput, option
+from tools import convert
 
 
 @dataclass
@@ -138,14 +139,9 @@ def test_help_names_every_field_with_the_values_of_the_preset(capsys):
         assert f"--steps {steps} " in out and "how many" in out and all(f"--{name}" in out for name in vars(Config()))
 
 
-def test_the_default_folder_is_the_first_free_one(tmp_path):
+def test_the_default_folder_is_named_after_script_and_preset():
     assert parse().out == "runs/toy-small" and parse("--preset", "big").out == "runs/toy-big"
-    assert parse("--resume").out == "runs/toy-small"
-    for name in ("toy-small", "toy-small-2", "toy-small-4"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert parse().out == "runs/toy-small-3", "a new run takes the first free name"
-    assert parse("--resume").out == "runs/toy-small-2", "a resumed one the last before it"
-    assert common.default_folder("x", False) == "runs/x"
+    assert parse("--out", "x").out == "x"
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -209,32 +205,24 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     state = dict(student={"w": torch.randn(3, 2)}, step=5, config={"lr": 0.1, "out": "a"}, rng=[common.rng_state(torch.device("cpu"))])
-    common.save(tmp_path / "ckpt.pt", **state)
-    back = common.load(tmp_path / "ckpt.pt")
+    common.save(tmp_path / "ckpt.pt", state)
+    back = convert.load(tmp_path / "ckpt.pt")
     assert back.keys() == state.keys() and back["config"] == state["config"] and back["step"] == 5
     assert torch.equal(back["student"]["w"], state["student"]["w"])
     assert os.listdir(tmp_path) == ["ckpt.pt"], "no temporary file stays"
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    common.save(tmp_path / "ckpt.pt", step=1)
+    common.save(tmp_path / "ckpt.pt", {"step": 1})
 
     def crash(state, file):
-        file.write(b"half of")
+        file.write_bytes(b"half of")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="No space"):
-        common.save(tmp_path / "ckpt.pt", step=2)
-    assert common.load(tmp_path / "ckpt.pt") == {"step": 1}
-
-
-def test_a_file_is_on_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
-    order = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: (order.append("fsync"), real(descriptor)))
-    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (order.append("replace"), real(a, b)))
-    common.save(tmp_path / "ckpt.pt", step=1)
-    assert order == ["fsync", "replace"]
+        common.save(tmp_path / "ckpt.pt", {"step": 2})
+    assert convert.load(tmp_path / "ckpt.pt") == {"step": 1}
 
 
 class Malicious:
@@ -244,7 +232,7 @@ class Malicious:
 
 def damaged():
     """Name -> bytes of files that are no checkpoints."""
-    common.save(common.Path("good.pt"), student={"w": torch.randn(50, 50)}, step=3)
+    common.save(common.Path("good.pt"), {"student": {"w": torch.randn(50, 50)}, "step": 3})
     good = common.Path("good.pt").read_bytes()
     torch.save({"w": Malicious()}, "bad.pt")
     return {
@@ -265,7 +253,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path, na
     path = tmp_path / "ckpt.pt"
     path.write_bytes(damaged()[name])
     with pytest.raises(BadInput) as error:
-        common.load(path)
+        convert.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
     assert not (tmp_path / "it-ran").exists()
 
@@ -273,7 +261,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_run(tmp_path, na
 def test_a_missing_checkpoint_is_named(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(BadInput, match=str(path)):
-            common.load(path)
+            convert.load(path)
 
 
 def test_random_state_comes_back_for_the_ranks_that_were_there():
@@ -282,39 +270,32 @@ def test_random_state_comes_back_for_the_ranks_that_were_there():
     states = [common.rng_state(cpu)]
     expected = torch.rand(3)
     torch.rand(7)
-    common.set_rng_state(states, 0, cpu)
+    common.set_rng_state(states, 0)
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(2)
     expected = torch.rand(3)
     torch.manual_seed(2)
-    common.set_rng_state(states, 1, cpu)
+    common.set_rng_state(states, 1)
     assert torch.equal(torch.rand(3), expected), "a rank that the old run did not have keeps its own seed"
 
 
 # ---- metric lines --------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+def test_metric_lines_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for step in range(1, 6):
-        common.log(tmp_path, {"step": step, "loss": 1 / step})
+    with common.open_metrics(tmp_path, 0) as metrics:
+        for step in range(1, 6):
+            print(json.dumps({"step": step, "loss": 1 / step}), file=metrics)
+            assert path.read_text().count("\n") == step, "a line is on disk when it is written"
     whole = path.read_text().splitlines(keepends=True)
-    common.trim_log(tmp_path, 5)
-    assert path.read_text() == "".join(whole)
-    path.write_text("".join(whole) + '{"step": 6, "lo')  # killed while writing
-    common.trim_log(tmp_path, 9)
-    assert path.read_text() == "".join(whole)
-    path.write_text("".join(whole)[:-1])  # killed before the end of the line
-    common.trim_log(tmp_path, 9)
-    assert path.read_text() == "".join(whole)
-    common.trim_log(tmp_path, 3)
-    common.log(tmp_path, {"step": 4})
+    for cut in ("".join(whole), "".join(whole) + '{"step": 6, "lo', "".join(whole)[:-1]):  # whole, killed while writing
+        path.write_text(cut)
+        common.open_metrics(tmp_path, 9).close()
+        assert path.read_text() == "".join(whole)
+    with common.open_metrics(tmp_path, 3) as metrics:
+        print(json.dumps({"step": 4}), file=metrics)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_a_log_that_is_not_there_begins_empty(tmp_path):
-    common.trim_log(tmp_path, 3)
-    assert not (tmp_path / "metrics.jsonl").exists() or (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_one_process_gathers_only_its_own_value():
@@ -323,8 +304,9 @@ def test_one_process_gathers_only_its_own_value():
 
 @pytest.mark.parametrize("name, wanted", [("float32", False), ("bfloat16", True)])
 def test_the_dtype_that_was_asked_for_is_taken(name, wanted):
-    assert common.bfloat16_wanted(name, torch.device("cpu")) is wanted
-    assert common.bfloat16_wanted("auto", torch.device("cpu")) in (True, False)
+    for dtype, enabled in ((name, wanted), ("auto", torch.cpu._is_avx512_bf16_supported())):
+        with common.start_processes("cpu", dtype)[3]:
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (torch.bfloat16 if enabled else torch.float32)
 
 
 def test_peak_memory_is_in_gigabytes():

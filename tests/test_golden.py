@@ -121,7 +121,7 @@ def test_vision_finetuned(path):
     golden = read(path)
     config = golden["config"]
     classifier = Classifier(vision_from(config), config["num_classes"])
-    classifier.load_state_dict(from_released_vision({"model": golden["model"]})["classifier"])
+    classifier.load_state_dict(from_released_vision({"model": golden["model"]})["student"])
     classifier.eval()
     close(classifier(golden["input"]["image"]), golden["logits"], 1e-5, "logits")
 

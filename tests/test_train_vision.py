@@ -233,7 +233,7 @@ def test_one_class_runs_without_probes(tmp_path, main):
 
 
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(pictures, tmp_path):
-    flags = "--steps 150 --log_every 1 --save_every 10 --drop_path 0.3 --dropout 0.2 --attn_dropout 0.1 --data".split()
+    flags = "--steps 80 --log_every 1 --save_every 5 --drop_path 0.3 --dropout 0.2 --attn_dropout 0.1 --data".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(*flags, pictures, "--out", whole)
     process = start(*flags, pictures, "--out", cut)
@@ -242,13 +242,13 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(pictures, tmp_
     process.kill()
     process.communicate()
     stopped_at = checkpoint(cut)["step"]
-    assert process.returncode == -9 and 10 <= stopped_at < 150 and not (cut / "results.json").exists()
+    assert process.returncode == -9 and 5 <= stopped_at < 80 and not (cut / "results.json").exists()
     train("--out", cut, "--resume")  # every other option comes from its config.json
     ours, theirs = checkpoint(cut), checkpoint(whole)
     for part in ("student", "teacher", "optimizer", "step"):
         assert_same(ours[part], theirs[part])
     assert torch.equal(ours["rng"][0]["cpu"], theirs["rng"][0]["cpu"])
-    assert [row["step"] for row in rows(cut)] == list(range(1, 151))
+    assert [row["step"] for row in rows(cut)] == list(range(1, 81))
     assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]
     assert results(cut)["explained_start"] == results(whole)["explained_start"]
 
@@ -310,7 +310,7 @@ def test_micro_batches_train_the_same_run_as_whole_ones(single, pictures, tmp_pa
 def test_only_the_first_of_two_processes_speaks(double):
     _, out, err = double
     assert out.count("step 0:") == out.count("training and") == out.count("3 steps in") == 1
-    assert err.count("| 0/3 [") <= 1, "one progress bar"
+    assert err.count("\n") == 1, f"one progress bar and no warnings: {err}"
 
 
 def test_two_processes_keep_a_random_state_each(double):
@@ -432,7 +432,7 @@ def config(**changes):
         dict(image_size=18), dict(image_width=6), dict(image_width=-4), dict(top_k=3), dict(top_k=0), dict(mask_ratio=0.0),
         dict(mask_ratio=1.1), dict(mask_block=-1), dict(drop_path=1.0), dict(drop_path=-0.1), dict(dropout=1.1),
         dict(tau_0=1.1), dict(tau_n=-1), dict(beta=-1.0), dict(beta2=1.0), dict(weight_decay=-0.1), dict(lr=-1e-3),
-        dict(min_lr=-1e-3), dict(crop_min=0.0), dict(jitter=-0.1), dict(window=-1), dict(seed=-1), dict(init_std=-0.1),
+        dict(min_lr=-1e-3), dict(crop_min=0.0), dict(jitter=-0.1), dict(window=-1), dict(seed=-1),
         dict(eval_images=0), dict(log_every=0), dict(clip=-1.0),
     ],
     ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),

@@ -92,9 +92,20 @@ def from_released_vision(file: dict) -> dict:
 # ---- any checkpoint ----------------------------------------------------------------------------------------------------
 
 
+def load(path: str | Path) -> dict:
+    """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch's readers raise nearly anything on bytes that are no checkpoint
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely ({reason})") from None
+
+
 def read(path: str) -> dict:
     """A checkpoint of any known origin -> {"student", "teacher" or None, "config", "classes" if fine-tuned}. Raises BadInput."""
-    file = common.load(path)
+    file = load(path)
     if not isinstance(file, dict):
         raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint; give ckpt.pt or best.pt of a run")
     if {"student", "teacher", "config"} <= file.keys():
@@ -129,7 +140,7 @@ def main():
     parser.add_argument("target", metavar="OUT", help="checkpoint of ours to write")
     args = parser.parse_args()
     state = read(args.source)
-    common.save(Path(args.target), **state)
+    common.save(Path(args.target), state)
     print(f"{args.source}: {', '.join(k for k in state if state[k])}; {state['config']} -> {args.target}")
 
 

@@ -1,0 +1,77 @@
+"""Every command of the README is run: here with a few steps and small data, or by the test that is named beside it."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    line.split("&&")[-1].strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+TINY = "--steps 2 --warmup 1 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0"
+PRETRAIN = f"{TINY} --probe_images 40 --eval_images 10"
+VIT = "--dim 32 --heads 2 --ffn 64 --depth 6 --image_size 64 --global_batch 4 --micro_batch 0"  # ViT shapes, small
+ELSEWHERE = {  # commands that another test runs
+    "pytest": "CI, which calls it",
+    "python -m data.images": "tests/test_images.py, against a server on localhost and a folder of its layout",
+    "GOLDEN_DIR": "tests/test_golden.py",
+}
+EXTRA = [  # the first pattern that matches a command says what is added to make it small
+    (r"train_vision.py --preset (base|large|large_phase2) .*--resume", ""),
+    (r"train_vision.py --preset (base|large|large_phase2)", f"{PRETRAIN} {VIT}"),
+    (r"train_vision.py .*--help", ""),
+    (r"train_vision.py", f"{PRETRAIN} --global_batch 8 --guard_after -1"),
+    (r"finetune.py .*--(eval_only|predict)", "--workers 0"),
+    (r"finetune.py", f"{TINY} --global_batch 8 --micro_batch 0"),
+    (r"-m tools\.", ""),
+]
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) >= 10 and "python train_vision.py" in COMMANDS
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A copy of the project, with folders `cifar10` and `IMAGENET` in it as the README names them."""
+    home = tmp_path_factory.mktemp("newcomer") / "data2vec"
+    shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tests", "__pycache__", "assets"))
+    (home / "assets").mkdir()
+    rng = np.random.default_rng(0)
+    for folder, classes in (("cifar10", ("cat", "dog")), ("IMAGENET", ("n01440764", "n01443537"))):
+        for split, count in (("train", 24), ("val", 6)):
+            for c in classes:
+                (home / folder / split / c).mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(home / folder / split / c / f"{i:05d}.png")
+    return home
+
+
+@pytest.mark.parametrize("command", COMMANDS)  # in the order of the README: later commands use earlier runs
+def test_command(command, newcomer):
+    for start, where in ELSEWHERE.items():
+        if command.startswith(start):
+            pytest.skip(f"run by {where}")
+    extra = next((extra for pattern, extra in EXTRA if re.search(pattern, command)), None)
+    assert extra is not None, f"the README has a command that nothing runs: {command}"
+    words = shlex.split(command) + shlex.split(extra)
+    if words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *words[2:]]
+        words = [w for w in words if w != "--compile"]  # needs a C++ compiler; tests/test_train_vision.py covers it
+    words[0] = sys.executable
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(words, cwd=newcomer, env=env, capture_output=True, text=True, timeout=300)
+    if "matplotlib" in done.stderr and done.returncode == 2:
+        pytest.skip("matplotlib is not installed (requirements-dev.txt)")
+    assert done.returncode == 0, done.stderr[-2000:]
