@@ -99,8 +99,9 @@ def lr_at(step: int, cfg: Config) -> float:
 def check(cfg: Config, world: int) -> int:
     """Refuses values that cannot work. Returns the number of micro-batches a step."""
     common.check_range(cfg, 1, math.inf, "steps global_batch log_every")
-    common.check_range(cfg, 0, math.inf, "micro_batch workers save_every probe_every image_size warmup lr clip mixup cutmix")
-    common.check_range(cfg, 0, 1, "drop_path dropout attn_dropout smoothing erasing jitter layer_decay")
+    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_size warmup lr min_lr weight_decay clip mixup cutmix")  # fmt: skip
+    common.check_range(cfg, 0, 1, "smoothing erasing jitter layer_decay")
+    common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout")
     common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
     count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
     if cfg.global_batch % (world * count):
@@ -149,7 +150,7 @@ def main():
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         classifier.encoder.compile()
-    ddp = DistributedDataParallel(classifier, broadcast_buffers=False) if world > 1 else classifier
+    ddp = DistributedDataParallel(classifier) if world > 1 else classifier
 
     def augment(img, rng):
         img = images.flip(images.random_resized_crop(img, size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng), rng)
@@ -192,7 +193,7 @@ def main():
     keys = images.batches(len(subset), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
     keys = ([(epoch, int(subset[i])) for epoch, i in batch] for batch in keys)
     batches = iter(load(images.Views(train, augment, cfg.seed), keys))
-    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, delay=1)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
         step += 1
@@ -253,6 +254,8 @@ def main():
 
     bad = set().union(*common.gather(bad))
     if rank == 0:
+        for line in sorted(bad - named):  # met by other processes
+            print(f"skipped {line}")
         last = {k: row[k] for k in ("top1", "top5") if k in row}
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         results |= last | {f"best_{k}": v for k, v in best.items() if k != "best_step"} | {"best_step": best["best_step"]}

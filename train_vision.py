@@ -135,8 +135,9 @@ def lr_at(step: int, cfg: Config) -> float:
 def check(cfg: Config, world: int) -> int:
     """Refuses values that cannot work. Returns the number of micro-batches an update."""
     common.check_range(cfg, 1, math.inf, "steps global_batch log_every image_size patch dim depth heads ffn top_k mask_block eval_images probe_images")  # fmt: skip
-    common.check_range(cfg, 0, math.inf, "micro_batch workers save_every probe_every image_width warmup tau_n window beta lr clip")
-    common.check_range(cfg, 0, 1, "tau_0 tau_e drop_path dropout attn_dropout jitter")
+    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_width warmup tau_n window beta lr min_lr weight_decay clip")  # fmt: skip
+    common.check_range(cfg, 0, 1, "tau_0 tau_e jitter")
+    common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout beta2")
     common.check_range(cfg, 1e-9, 1, "mask_ratio crop_min")
     if cfg.dim % cfg.heads:
         raise BadInput(f"--dim {cfg.dim} is not a multiple of --heads {cfg.heads}")
@@ -196,8 +197,8 @@ def main():
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout and drop path, which differ between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
         state = convert.read(folder / "ckpt.pt")
-        student.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
+        convert.load_into(student, state["student"], folder / "ckpt.pt", grid, grid)
+        convert.load_into(teacher, state["teacher"], folder / "ckpt.pt", grid, grid)
         optimizer.load_state_dict(state["optimizer"])
         common.set_rng_state(state["rng"], rank)
         step, begin, row, bad = state["step"], state["begin"], state["row"], set(state["bad"])
@@ -214,7 +215,7 @@ def main():
     if cfg.compile:
         student.encoder.compile()
         teacher.encoder.compile()
-    ddp = DistributedDataParallel(student, broadcast_buffers=False) if world > 1 else student
+    ddp = DistributedDataParallel(student) if world > 1 else student
 
     # ---- batches: this process's share of the run's samples from `step` on; held-out pictures with fixed masks
     def load(views, keys):
@@ -226,6 +227,8 @@ def main():
         keys = [[(0, int(i)) for i in part] for part in np.array_split(chosen, math.ceil(len(chosen) / 125))]
         got = list(load(images.Views(pictures, resize, 0, hide, replace=False), keys))
         bad.update(line for *_, broken in got for line in broken)
+        if not any(len(view) for view, *_ in got):
+            raise BadInput(f"{cfg.data}: no picture could be decoded, for instance {next(iter(bad))}; check the folder")
         return [batch for batch in got if len(batch[0])]
 
     keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
@@ -236,7 +239,7 @@ def main():
         print(f"step 0: {show(begin)}")
 
     # ---- the loop
-    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, delay=1)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
         step += 1
@@ -299,6 +302,8 @@ def main():
 
     bad = set().union(*common.gather(bad))
     if rank == 0:
+        for line in sorted(bad - named):  # met by other processes
+            print(f"skipped {line}")
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         for name, value in begin.items():
             results |= {f"{name}_start": value, f"{name}_end": row[name]}

@@ -1,4 +1,4 @@
-"""model.py against naive re-computations: positions, attention, blocks, padding, windows, initial weights, the teacher."""
+"""model.py against naive re-computations: positions, attention, blocks, padding, windows, initial weights, teacher."""
 
 import copy
 import math
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
-    Attention, Block, Classifier, Encoder, Student, Teacher, regression_head, relative_index, resize_positions, vision_encoder,
+    Attention, Block, Classifier, Encoder, Student, Teacher, regression_head, relative_index, resize_positions,
+    vision_encoder,
 )  # fmt: skip
 
 TARGETS = ("block", "ffn", "ffn_residual", "attention")
@@ -39,7 +40,7 @@ def close(ours, expected, **tolerance):
     torch.testing.assert_close(ours, expected, **{"rtol": 1e-4, "atol": 1e-5} | tolerance)
 
 
-# ---- positions -------------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 3), (2, 5), (4, 1)])
@@ -121,7 +122,7 @@ def test_patches_are_row_major():
         close(x[0, t], (embed.proj.weight * patch).sum((1, 2, 3)) + embed.proj.bias)
 
 
-# ---- attention and blocks --------------------------------------------------------------------------------------------
+# ---- attention and blocks ------------------------------------------------------------------------------------------
 
 
 def naive_attention(attn, x, bias):
@@ -187,9 +188,10 @@ def naive_block(block, x, bias):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "kind", [dict(pre_norm=True), dict(pre_norm=True, layer_scale=0.3), dict(pre_norm=False), dict(pre_norm=False, alpha=1.7)],
+    "kind",
+    [dict(pre_norm=True), dict(pre_norm=True, layer_scale=0.3), dict(pre_norm=False), dict(pre_norm=False, alpha=1.7)],
     ids=["pre", "pre-scaled", "post", "deepnorm"],
-)  # fmt: skip
+)
 def test_a_block_and_its_four_targets(kind, target):
     block = scramble(Block(8, 2, 16, eps=1e-3, k_bias=True, target=target, **kind)).eval()
     x, bias = torch.randn(2, 5, 8), torch.randn(2, 2, 5, 5)
@@ -227,7 +229,7 @@ def test_drop_path_rises_linearly_over_depth():
     assert [b.drop_path for b in vit(depth=1, drop_path=0.2).blocks] == [0]
 
 
-# ---- the encoder and the student -------------------------------------------------------------------------------------
+# ---- the encoder and the student -----------------------------------------------------------------------------------
 
 
 def test_layers_are_the_outputs_of_every_block_without_the_class_token():
@@ -290,7 +292,7 @@ def test_the_classifier_reads_the_mean_of_the_patches_before_the_final_norm():
     close(classifier(images), expected @ classifier.out.weight.T + classifier.out.bias)
 
 
-# ---- sequences with padding: what speech and text will need ------------------------------------------------------------
+# ---- sequences with padding: what speech and text will need --------------------------------------------------------
 
 
 class Frames(nn.Module):
@@ -356,7 +358,7 @@ def test_the_student_trains_on_padded_sequences():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
-# ---- the window of the teacher -----------------------------------------------------------------------------------------
+# ---- the window of the teacher -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window, depth", [(1, 1), (1, 2), (2, 1)])
@@ -382,7 +384,7 @@ def test_the_student_is_never_limited_by_the_window():
     assert not torch.equal(student(images, mask), student(changed, mask))
 
 
-# ---- initial weights ---------------------------------------------------------------------------------------------------
+# ---- initial weights -----------------------------------------------------------------------------------------------
 
 
 def test_initial_weights_are_those_of_the_recipe():
@@ -413,7 +415,7 @@ def test_norms_have_the_eps_of_vision():
     assert {m.eps for m in vit().modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
 
-# ---- the teacher -------------------------------------------------------------------------------------------------------
+# ---- the teacher ---------------------------------------------------------------------------------------------------
 
 
 def weights(module):

@@ -15,7 +15,7 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3 + 1
 
 
-# ---- normalise and average -------------------------------------------------------------------------------------------
+# ---- normalise and average -----------------------------------------------------------------------------------------
 
 
 def standardised(values):
@@ -45,7 +45,7 @@ def naive_top_k_average(layers, k, norm, final_norm):
 @pytest.mark.parametrize("final_norm", NORMS)
 @pytest.mark.parametrize("k", [1, 3, 4])
 def test_target_is_the_mean_of_the_top_k_normalised_layers(norm, final_norm, k):
-    layers = [draw(2, 5, 3, seed=l) for l in range(4)]
+    layers = [draw(2, 5, 3, seed=i) for i in range(4)]
     expected = naive_top_k_average([a.double().tolist() for a in layers], k, norm, final_norm)
     y = top_k_average(layers, k, norm, final_norm)
     torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-4, atol=1e-5)
@@ -87,7 +87,7 @@ def test_layer_norm_is_per_position():
     torch.testing.assert_close(layer_norm(a), alone)
 
 
-# ---- loss and momentum -----------------------------------------------------------------------------------------------
+# ---- loss and momentum ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0, 0.25, 2, 4])
@@ -123,7 +123,7 @@ def test_tau_is_linear_then_constant():
     assert tau_at(1, 0.5, 0.7, 0) == 0.7, "no ramp: tau_e from the first step"
 
 
-# ---- meters ----------------------------------------------------------------------------------------------------------
+# ---- meters --------------------------------------------------------------------------------------------------------
 
 
 def test_feature_std_is_over_positions_then_mean_over_features():

@@ -51,7 +51,7 @@ def cells(out):
     return [head, *rows]
 
 
-# ---- a table -----------------------------------------------------------------------------------------------------------
+# ---- a table ---------------------------------------------------------------------------------------------------------
 
 
 def test_table_has_a_row_a_run_and_a_column_a_key(tmp_path, call):
@@ -101,7 +101,7 @@ def test_table_says_in_one_line_what_it_cannot_read(tmp_path, call):
     assert "no numbers" in refused(call(table, make_run(tmp_path / "empty", {})))
 
 
-# ---- curves ------------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 ROWS = [{"step": 1, "loss": 1.0}, {"step": 10, "loss": 0.5, "probe": 0.3}, {"step": 20, "loss": 0.75, "probe": 0.4}]
 
@@ -145,16 +145,19 @@ def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, call, monkeypatch)
     assert "requirements-dev.txt" in refused(call(plot, run, "--out", tmp_path / "curves.svg"))
 
 
+NEEDED = "matplotlib is not installed; requirements-dev.txt has it"
+
+
 def drawn_lines(monkeypatch):
     """Records what is drawn: {panel title: {run: [(step, value), ...]}} of the last picture."""
-    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed; requirements-dev.txt has it")
+    figures = pytest.importorskip("matplotlib.figure", reason=NEEDED)
     seen = {}
 
     def record(figure, *args, real=figures.Figure.savefig, **kwargs):
         seen.clear()
         for panel in figure.axes:
-            lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in panel.lines}
-            seen[panel.get_title()] = lines
+            points = {line.get_label(): zip(line.get_xdata(), line.get_ydata(), strict=True) for line in panel.lines}
+            seen[panel.get_title()] = {name: list(pairs) for name, pairs in points.items()}
         return real(figure, *args, **kwargs)
 
     monkeypatch.setattr(figures.Figure, "savefig", record)
@@ -179,7 +182,7 @@ def test_plot_draws_a_panel_a_key_and_a_line_a_run(tmp_path, call, monkeypatch):
 
 
 def test_plot_gives_the_same_bytes_for_the_same_runs(tmp_path, call):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; requirements-dev.txt has it")
+    pytest.importorskip("matplotlib", reason=NEEDED)
     run = make_run(tmp_path / "run", metrics=ROWS)
     for suffix in ("svg", "png"):
         paths = [tmp_path / f"{i}.{suffix}" for i in range(2)]
@@ -190,7 +193,7 @@ def test_plot_gives_the_same_bytes_for_the_same_runs(tmp_path, call):
 
 
 def test_plot_of_a_folder_that_cannot_be_written_is_one_line(tmp_path, call):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; requirements-dev.txt has it")
+    pytest.importorskip("matplotlib", reason=NEEDED)
     (tmp_path / "file").write_text("")
     run = make_run(tmp_path / "run", metrics=ROWS)
     assert "--out" in refused(call(plot, run, "--out", tmp_path / "file" / "curves.svg"))
