@@ -80,7 +80,7 @@ PRESETS = {
     # python finetune.py [--init runs/vision-smoke/ckpt.pt]: made images, 2 CPU cores, see README
     "smoke": dict(),
     # python finetune.py --preset cifar10 --data DIR: 2 CPU cores, see README
-    "cifar10": dict(steps=1000),
+    "cifar10": dict(steps=500, probe_every=250, save_every=0, workers=1),
     # ViT-B, 100 epochs of 1251 steps; paper 84.2 top-1; not run here
     "base": IMAGENET | dict(steps=125_100, lr=4e-3, layer_decay=0.65, drop_path=0.2),
     # ViT-L, 50 epochs; paper 86.6 top-1; not run here
@@ -193,7 +193,7 @@ def main():
     keys = images.batches(len(subset), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
     keys = ([(epoch, int(subset[i])) for epoch, i in batch] for batch in keys)
     batches = iter(load(images.Views(train, augment, cfg.seed), keys))
-    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, delay=1)
+    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
         step += 1

@@ -239,7 +239,7 @@ def main():
         print(f"step 0: {show(begin)}")
 
     # ---- the loop
-    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True, delay=1)
+    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
         step += 1

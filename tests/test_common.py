@@ -247,8 +247,8 @@ def damaged():
 
 
 NAMES = [
-    "empty", "one byte", "truncated early", "truncated", "without its end", "text", "json", "numbers", "dots", "picture",
-    "zeros", "malicious", "malicious pickle", "truncated pickle", "odd pickle",
+    "empty", "one byte", "truncated early", "truncated", "without its end", "text", "json", "numbers", "dots",
+    "picture", "zeros", "malicious", "malicious pickle", "truncated pickle", "odd pickle",
 ]  # fmt: skip
 
 
