@@ -1,7 +1,6 @@
 """Plumbing that nobody ablates: options, processes, the run's folder, checkpoints, metric lines, exit codes."""
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -19,10 +18,10 @@ class BadInput(Exception):
 
 
 def run(main) -> None:
-    """Calls main(). Exit status 0; 2 and one line for BadInput; 130 for Ctrl-C; 1 for anything else."""
+    """Calls main(). Exit status 0; 2 and one line for input that cannot be used; 130 for Ctrl-C; 1 otherwise."""
     try:
         main()
-    except (BadInput, argparse.ArgumentError) as error:
+    except (BadInput, argparse.ArgumentError, FileExistsError, NotADirectoryError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":
             message = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -35,8 +34,7 @@ def run(main) -> None:
 
 def option(default, help: str, choices: tuple | None = None):
     """A dataclass field that is also a command-line option; a default [] takes any number of values."""
-    value = {"default_factory": list} if default == [] else {"default": default}
-    return field(**value, metadata={"help": help, "choices": choices, "kind": type(default)})
+    return field(default_factory=lambda: default, metadata={"help": help, "choices": choices, "kind": type(default)})
 
 
 def read_value(kind: type, text: str):
@@ -56,7 +54,7 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
     for f in fields(config_class):
         kind = f.metadata["kind"]
-        read = functools.partial(read_value, kind)
+        read = lambda text, kind=kind: read_value(kind, text)  # noqa: E731
         read.__name__ = kind.__name__  # argparse names it in its message
         count = {bool: {"nargs": "?", "const": True}, list: {"nargs": "*"}}.get(kind, {})
         parser.add_argument(f"--{f.name}", type=read, choices=f.metadata["choices"], default=argparse.SUPPRESS, **count)
@@ -117,10 +115,7 @@ def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
     if rank == 0:
         if not resume and any((folder / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl")):
             raise BadInput(f"--out {out}: already holds a run; continue it with --resume, or choose another --out")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"--out {out}: cannot make this folder ({error.strerror})") from None
+        folder.mkdir(parents=True, exist_ok=True)
         about = {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "command": " ".join(sys.argv)}
         save(folder / "config.json", config | about)
     return folder
@@ -133,15 +128,12 @@ def save(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
-def rng_state(device: torch.device) -> list[torch.Tensor]:
-    """This process's random state (dropout, drop path); gather() it over ranks into the checkpoint."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else [])
-
-
-def set_rng_state(states: list[list[torch.Tensor]], rank: int) -> None:
-    """Restores this rank's state; processes that the interrupted run did not have keep their fresh seed."""
-    for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), (states + [[]] * rank)[rank]):
-        setter(state)
+def rng_state(device: torch.device, restore: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """This process's random state (dropout, drop path), after restoring one; gather() it over ranks to save it."""
+    sources = [torch, torch.cuda][: 1 + (device.type == "cuda")]
+    for source, state in zip(sources, restore or []):
+        source.set_rng_state(state)
+    return [source.get_rng_state() for source in sources]
 
 
 def open_metrics(folder: Path, step: int):

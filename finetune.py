@@ -10,7 +10,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ def main():
         state = convert.read(folder / "ckpt.pt")
         classifier.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        common.set_rng_state(state["rng"], rank)
+        common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, best, row, bad = state["step"], state["best"], state["row"], set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
@@ -277,7 +277,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
         state = {"config": asdict(train_vision.Config(**preset))}
     else:
         state = convert.read(cfg.init)
-    arch = {f.name: f.default for f in fields(train_vision.Config)} | state["config"]
+    arch = asdict(train_vision.Config()) | state["config"]
     old = (arch["image_size"], arch["image_width"] or arch["image_size"])
     size = (cfg.image_size, cfg.image_size) if cfg.image_size else old
     if size[0] % arch["patch"] or size[1] % arch["patch"]:

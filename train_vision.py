@@ -23,10 +23,9 @@ from common import BadInput, option
 from data import images
 from masking import block_mask
 from model import Student, Teacher, init_vision, regression_head, vision_encoder
-from targets import explained, feature_std, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, knn, linear_probe, regression_loss, tau_at, top_k_average
 
 from tools import convert
-from tools.probe import knn, linear_probe
 
 
 @dataclass
@@ -103,7 +102,7 @@ PRESETS = {
     ),
     # python train_vision.py --preset cifar10 --data DIR: 2 CPU cores or any GPU, see README
     "cifar10": dict(
-        steps=16_000, global_batch=128, log_every=50, save_every=500, probe_every=2000, eval_images=2000, workers=1,
+        steps=10_500, global_batch=128, log_every=50, save_every=500, probe_every=2000, eval_images=2000, workers=1,
         mask_block=4, top_k=4, norm="instance", final_norm="none", learned_std=0.3, crop_min=0.3,
         tau_0=0.95, tau_e=0.999, tau_n=5000, lr=3e-3, warmup=500, guard_after=2000,
     ),
@@ -200,7 +199,7 @@ def main():
         convert.load_into(student, state["student"], folder / "ckpt.pt", grid, grid)
         convert.load_into(teacher, state["teacher"], folder / "ckpt.pt", grid, grid)
         optimizer.load_state_dict(state["optimizer"])
-        common.set_rng_state(state["rng"], rank)
+        common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, begin, row, bad = state["step"], state["begin"], state["row"], set(state["bad"])
     elif cfg.init:
         state = convert.read(cfg.init)

@@ -123,7 +123,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """24 training and 9 held-out pictures of two classes that anything can tell apart, but for one in a wrong folder."""
+    """24 training and 9 held-out pictures of two classes, easy to tell apart but for one in the wrong folder."""
     root = write_pictures(tmp_path_factory.mktemp("data") / "two")
     shutil.copy(root / "val/blue/04.png", root / "val/red/03.png")
     return root
@@ -820,9 +820,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(fini
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(steps=0), dict(global_batch=0), dict(global_batch=9), dict(micro_batch=-1), dict(workers=-1), dict(seed=-1),
-        dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(image_size=-4), dict(label_fraction=0.0),
-        dict(label_fraction=1.1), dict(lr=-1e-3), dict(min_lr=-1e-3), dict(layer_decay=1.1), dict(layer_decay=-0.1),
+        dict(steps=0), dict(global_batch=0), dict(global_batch=9), dict(micro_batch=-1), dict(workers=-1),
+        dict(seed=-1), dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(image_size=-4),
+        dict(label_fraction=0.0), dict(label_fraction=1.1), dict(lr=-1e-3), dict(min_lr=-1e-3), dict(layer_decay=1.1), dict(layer_decay=-0.1),
         dict(warmup=-1), dict(weight_decay=-0.1), dict(clip=-1.0), dict(drop_path=1.0), dict(drop_path=-0.1),
         dict(dropout=1.1), dict(attn_dropout=-0.1), dict(smoothing=1.1), dict(mixup=-1.0), dict(cutmix=-1.0),
         dict(erasing=1.1), dict(rand_augment=-1.0), dict(jitter=-0.1), dict(crop_min=0.0), dict(crop_min=1.1),
