@@ -95,7 +95,7 @@ def start_processes(device: str, dtype: str) -> tuple[int, int, torch.device, to
     cuda = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     torch.cuda.set_device(place) if cuda else None
-    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and native)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")

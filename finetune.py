@@ -121,9 +121,10 @@ def main():
     train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
     if len(train.classes) < 2:
         raise BadInput(f"{cfg.data}: only one class in train/; fine-tuning needs at least two folders of classes")
-    if -1 in val.labels:
-        name = val.names[val.labels.index(-1)]
-        raise BadInput(f"{name}: its class is not among the {len(train.classes)} classes of train/; remove it or add the class")
+    for part in (train, val):
+        if -1 in part.labels:
+            name = part.names[part.labels.index(-1)]
+            raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
     subset = label_subset(train.labels, cfg.label_fraction, cfg.seed)
     classifier, state, size = build(cfg, train.classes)
     classifier.to(device)

@@ -160,7 +160,7 @@ def main():
     size = (cfg.image_size, cfg.image_width or cfg.image_size)
     grid = (size[0] // cfg.patch, size[1] // cfg.patch)
     train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
-    labels = len(train.classes) > 1 and -1 not in val.labels  # without, k-NN and probe have nothing to say
+    labels = len(train.classes) > 1 and -1 not in train.labels + val.labels  # without, k-NN and probe have nothing to say
     if rank == 0:
         print(f"{len(train)} training and {len(val)} held-out images, {len(train.classes)} classes" + ("" if labels else ": no usable labels, so no k-NN and no probe"))  # fmt: skip
 
