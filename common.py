@@ -33,7 +33,7 @@ def run(main) -> None:
 
 
 def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option; a default [] takes any number of values."""
+    """A dataclass field that is also a command-line option; a default [] takes one or more values."""
     return field(default_factory=lambda: default, metadata={"help": help, "choices": choices, "kind": type(default)})
 
 
@@ -56,7 +56,7 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
         kind = f.metadata["kind"]
         read = lambda text, kind=kind: read_value(kind, text)  # noqa: E731
         read.__name__ = kind.__name__  # argparse names it in its message
-        count = {bool: {"nargs": "?", "const": True}, list: {"nargs": "*"}}.get(kind, {})
+        count = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
         parser.add_argument(f"--{f.name}", type=read, choices=f.metadata["choices"], default=argparse.SUPPRESS, **count)
     given, unknown = parser.parse_known_args()
     given, names = vars(given), [f.name for f in fields(config_class)]

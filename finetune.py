@@ -7,6 +7,7 @@
     python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png        # what is in these pictures?
 """
 
+import itertools
 import json
 import math
 import time
@@ -102,6 +103,7 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_size warmup lr min_lr weight_decay clip mixup cutmix")  # fmt: skip
     common.check_range(cfg, 0, 1, "smoothing erasing jitter layer_decay")
     common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout")
+    common.check_range(cfg, 0, 10, "rand_augment")
     common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
     count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
     if cfg.global_batch % (world * count):
@@ -125,9 +127,11 @@ def main():
         if -1 in part.labels:
             name = part.names[part.labels.index(-1)]
             raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
-    subset = label_subset(train.labels, cfg.label_fraction, cfg.seed)
+    train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
     classifier, state, size = build(cfg, train.classes)
     classifier.to(device)
+    if cfg.eval_only and "classes" not in state:
+        raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
 
     # ---- optimiser: a layer learns layer_decay times as fast as the one above it (Bao et al. 2021)
     groups = {}
@@ -144,8 +148,12 @@ def main():
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
         state = convert.read(folder / "ckpt.pt")
-        classifier.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+        grid = convert.patch_grid(state["config"])
+        convert.load_into(classifier, state["student"], folder / "ckpt.pt", grid, grid)
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise BadInput(f"{folder / 'ckpt.pt'}: its optimizer is of other options ({error})") from None
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, best, row, bad = state["step"], state["best"], state["row"], set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
@@ -163,6 +171,8 @@ def main():
         return DataLoader(views, batch_sampler=keys, collate_fn=images.collate, num_workers=cfg.workers,
                           pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
 
+    bar = None  # of progress, from the loop on
+
     def evaluate() -> dict[str, float]:
         """top1 (and top5 from 10 classes up) on val/; every image is counted once, whatever the number of processes."""
         mine = range(rank, len(val), world)
@@ -171,6 +181,8 @@ def main():
         classifier.eval()
         for view, _, labels, broken in load(images.Views(val, lambda img, rng: images.center_crop(img, size), 0, replace=False), keys):  # fmt: skip
             bad.update(broken)
+            if not len(view):
+                continue
             with torch.no_grad(), autocast:
                 logits = classifier(images.normalise(view.to(device)))
             hit = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
@@ -179,11 +191,12 @@ def main():
         if world > 1:
             dist.all_reduce(counts)
         n, first, five = counts.tolist()
-        return {"top1": first / max(n, 1)} | ({"top5": five / max(n, 1)} if len(train.classes) >= 10 else {})
+        if not n:
+            bar.close() if bar is not None else None
+            raise BadInput(f"{cfg.data}: no picture of val/ could be decoded, for instance {next(iter(bad))}; check the folder")
+        return {"top1": first / n} | ({"top5": five / n} if len(train.classes) >= 10 else {})
 
     if cfg.eval_only:
-        if "classes" not in state:
-            raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
         scores = evaluate()
         if rank == 0:
             common.save(folder / "results.json", scores | {"peak_memory_gb": common.peak_memory_gb(device)})
@@ -191,9 +204,9 @@ def main():
         return
 
     # ---- the loop
-    keys = images.batches(len(subset), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
-    keys = ([(epoch, int(subset[i])) for epoch, i in batch] for batch in keys)
+    keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
     batches = iter(load(images.Views(train, augment, cfg.seed), keys))
+    batches = itertools.chain([next(batches, None)], batches)  # if no picture can be read, say so before the bar
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
@@ -202,10 +215,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         loss = torch.zeros((), device=device)
-        for _ in range(accumulation):
+        for i in range(accumulation):
             view, _, labels, broken = next(batches)
             bad.update(broken)
-            rng = np.random.default_rng([cfg.seed, step, rank, 1])
+            rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])
             x, y = images.normalise(view.to(device)), F.one_hot(labels.to(device), len(train.classes)).float()
             x, y = mix(erase(x, cfg.erasing, rng), y, cfg, rng)
             with autocast:
@@ -252,6 +265,9 @@ def main():
                 })  # fmt: skip
         mark, mark_step = time.time(), step
     bar.close()
+    if "top1" not in row:  # resumed at its last step
+        row |= (scores := evaluate())
+        best = max(best, scores | {"best_step": step}, key=lambda scores: scores["top1"])
 
     bad = set().union(*common.gather(bad))
     if rank == 0:
@@ -260,8 +276,8 @@ def main():
         last = {k: row[k] for k in ("top1", "top5") if k in row}
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         results |= last | {f"best_{k}": v for k, v in best.items() if k != "best_step"} | {"best_step": best["best_step"]}
-        common.save(folder / "results.json", results | {"images": len(subset), "skipped_files": len(bad)})
-        print(f"{len(subset)} labelled images, {cfg.steps} steps in {row['seconds']:.0f} s: top1 {row['top1']:.4f} at the end, "
+        common.save(folder / "results.json", results | {"images": len(train), "skipped_files": len(bad)})
+        print(f"{len(train)} labelled images, {cfg.steps} steps in {row['seconds']:.0f} s: top1 {row['top1']:.4f} at the end, "
               f"{best['top1']:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
 
 
@@ -289,6 +305,8 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
         relative=arch["relative"], learned_std=arch["learned_std"], init_std=arch["init_std"],
     )  # fmt: skip
     tuned = state.get("classes")
+    if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
+        tuned = state["classes"] = classes  # a released file numbers its classes, in the order of their sorted names
     if classes is None and tuned is None:
         raise BadInput(f"--init {cfg.init}: a pre-trained encoder without classes cannot predict; fine-tune it first, then give best.pt")
     classifier = Classifier(encoder, len(classes or tuned))
@@ -296,6 +314,8 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
         weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
         if weights is None:
             raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
+        if cfg.eval_only and tuned and classes != tuned:
+            raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned))[:4]}")
         if tuned is None or classes not in (None, tuned):  # only the encoder serves: the pre-training's own parts go
             own = ("encoder.norm.", "encoder.mask_embedding")
             weights = {k: v for k, v in weights.items() if k.startswith("encoder.") and not k.startswith(own)}

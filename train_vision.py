@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -238,6 +239,7 @@ def main():
         print(f"step 0: {show(begin)}")
 
     # ---- the loop
+    batches = itertools.chain([next(batches, None)], batches)  # if no picture can be read, say so before the bar
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     started, mark, mark_step = time.time() - row["seconds"], time.time(), step
     while step < cfg.steps:
@@ -298,6 +300,8 @@ def main():
                 })  # fmt: skip
         mark, mark_step = time.time(), step
     bar.close()
+    if rank == 0 and "explained" not in row:  # resumed at its last step
+        row |= evaluate(student, teacher, held_out, labelled, cfg, device, autocast)
 
     bad = set().union(*common.gather(bad))
     if rank == 0:

@@ -424,13 +424,11 @@ def test_a_damaged_picture_does_not_let_in_one_without_a_label(seen, pictures, p
     assert {"/".join(Path(name).parts[-2:]) for name in seen if "/train/" in name} == drawn
 
 
-def test_a_picture_beside_the_class_folders_is_not_trained_on(seen, pictures, pretrained, tmp_path):
-    """Not even as the stand-in of a damaged picture that comes right before it."""
+def test_a_picture_beside_the_class_folders_is_named(pictures, pretrained, tmp_path):
+    """It has no label, and must not get in as the stand-in of a damaged picture that comes right before it either."""
     data = shutil.copytree(pictures, tmp_path / "data")
     shutil.copy(data / "train/blue/00.png", data / "train/cyan.png")
-    (data / "train/blue/11.png").write_bytes(b"no picture")
-    done(tune("--data", data, "--init", pretrained, "--out", tmp_path / "run"))
-    assert results(tmp_path / "run")["skipped_files"] == 1 and not any("cyan" in name for name in seen)
+    assert "cyan.png" in refused(tune("--data", data, "--init", pretrained, "--out", tmp_path / "run"))
 
 
 # ---- the optimiser -------------------------------------------------------------------------------------------------
@@ -641,6 +639,14 @@ def test_an_interrupted_run_can_be_ended_where_it_stands(pictures, pretrained, t
     assert results(tmp_path / "run").keys() >= {"top1", "best_top1", "best_step"}
 
 
+def test_resuming_what_does_not_fit_is_one_line(finished, tmp_path):
+    for name, flags in (("size", ["--image_size", 24]), ("groups", ["--layer_decay", 1]), ("damaged", [])):
+        folder = shutil.copytree(finished[0], tmp_path / name)
+        if name == "damaged":
+            (folder / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
+        assert "ckpt.pt" in refused(tune("--out", folder, "--resume", *flags))
+
+
 # ---- several processes, several micro-batches ----------------------------------------------------------------------
 
 # Of the first 24 samples (3 steps of 8) one that, in micro-batches of 2, only the second of two processes meets.
@@ -822,8 +828,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(fini
     [
         dict(steps=0), dict(global_batch=0), dict(global_batch=9), dict(micro_batch=-1), dict(workers=-1),
         dict(seed=-1), dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(image_size=-4),
-        dict(label_fraction=0.0), dict(label_fraction=1.1), dict(lr=-1e-3), dict(min_lr=-1e-3), dict(layer_decay=1.1), dict(layer_decay=-0.1),
-        dict(warmup=-1), dict(weight_decay=-0.1), dict(clip=-1.0), dict(drop_path=1.0), dict(drop_path=-0.1),
+        dict(label_fraction=0.0), dict(label_fraction=1.1), dict(lr=-1e-3), dict(min_lr=-1e-3), dict(warmup=-1),
+        dict(layer_decay=1.1), dict(layer_decay=-0.1), dict(weight_decay=-0.1), dict(clip=-1.0), dict(drop_path=1.0),
+        dict(drop_path=-0.1),
         dict(dropout=1.1), dict(attn_dropout=-0.1), dict(smoothing=1.1), dict(mixup=-1.0), dict(cutmix=-1.0),
         dict(erasing=1.1), dict(rand_augment=-1.0), dict(jitter=-0.1), dict(crop_min=0.0), dict(crop_min=1.1),
     ],

@@ -1,6 +1,6 @@
 """Checkpoints of other origin -> ours.
 
-    python -m tools.convert IN OUT [--heads H]     a released vision checkpoint (.pth) -> a checkpoint of ours
+    python -m tools.convert IN OUT     a released vision checkpoint (.pth) -> a checkpoint of ours
 
 `read` is what the scripts call for --init: our own checkpoints pass as they are, the released vision format
 (pre-trained or fine-tuned) is converted. Only tensors and plain containers are ever read from a file.
@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,37 +54,40 @@ def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]
     return new
 
 
-def vision_config(encoder: dict[str, Tensor]) -> dict:
-    """Sizes of a vision encoder, from its (renamed) weights. The number of heads is the table's last dimension."""
+def vision_config(encoder: dict[str, Tensor], path: str) -> dict:
+    """Sizes of a vision encoder, from its renamed weights. Raises BadInput if they do not tell, or the grid is not square."""
+    blocks = {int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")}
+    needed = ("embed.table", "embed.proj.weight", "blocks.0.fc1.weight")
+    if lacking := [name for name in needed if name not in encoder]:
+        raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
     table, proj = encoder["embed.table"], encoder["embed.proj.weight"]
-    side = (math.isqrt(len(table) - 3) + 1) // 2  # (2H - 1)(2W - 1) + 3 rows, square
+    side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
+    if len(table) != (2 * side - 1) ** 2 + 3:
+        raise BadInput(f"{path}: {len(table)} relative positions are not those of a square image; only square ones can be told")
     return {
         "patch": proj.shape[-1], "dim": len(proj), "heads": table.shape[1], "image_size": side * proj.shape[-1],
-        "depth": 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")),
-        "ffn": len(encoder["blocks.0.fc1.weight"]), "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0,
+        "image_width": 0, "depth": 1 + max(blocks), "ffn": len(encoder["blocks.0.fc1.weight"]),
+        "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0, "relative": True, "learned_std": 0.0,
     }  # fmt: skip
 
 
-def from_released_vision(file: dict) -> dict:
-    """{"model": ..., "model_ema": ...} with the released names -> {"student", "teacher", "config"[, "classes"]}.
+def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
+    """{"model": ..., "model_ema": ...} with the released names -> {"student", "teacher"[, "classes"]}.
 
     student  encoder.* and head.* (pre-trained), or encoder.*, norm.* and out.* of a classifier (fine-tuned: such a file
              has no mask token and no final norm, and does not name its classes: they become "0", "1", ...)
     teacher  encoder.*, or None
     """
     model, ema = file.get("model", file), file.get("model_ema")
-    for part in (model, ema or {}):
-        known = [*VISION, *VISION_HEAD, *VISION_CLASSIFIER, VISION_UNUSED]
-        if strange := [name for name in part if not any(re.fullmatch(p, name) for p in known)]:
-            raise BadInput(f"released vision checkpoint with unknown weights: {', '.join(strange[:5])}")
-    encoder = rename(model, VISION)
-    full = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    new = {"config": vision_config(encoder), "teacher": None}
+    known = [*VISION, *VISION_HEAD, *VISION_CLASSIFIER, VISION_UNUSED]
+    if strange := [name for name in [*model, *(ema or {})] if not any(re.fullmatch(p, name) for p in known)]:
+        raise BadInput(f"{path}: released vision checkpoint with unknown weights: {', '.join(strange[:5])}")
+    new = {"student": {f"encoder.{name}": tensor for name, tensor in rename(model, VISION).items()}, "teacher": None}
     if "fc_norm.weight" in model:
-        new["student"] = full | rename(model, VISION_CLASSIFIER)
+        new["student"] |= rename(model, VISION_CLASSIFIER)
         new["classes"] = [str(i) for i in range(len(model["head.weight"]))]
     else:
-        new["student"] = full | {f"head.{name}": tensor for name, tensor in rename(model, VISION_HEAD).items()}
+        new["student"] |= {f"head.{name}": tensor for name, tensor in rename(model, VISION_HEAD).items()}
     if ema:
         new["teacher"] = {f"encoder.{name}": tensor for name, tensor in rename(ema, VISION).items()}
     return new
@@ -94,8 +98,10 @@ def from_released_vision(file: dict) -> dict:
 
 def load(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
+    harmless = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], type(np.dtype(np.float64))]  # in released files
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(harmless):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch's readers raise nearly anything on bytes that are no checkpoint
@@ -112,7 +118,8 @@ def read(path: str) -> dict:
         return file
     names = file.get("model", file)
     if isinstance(names, dict) and "patch_embed.proj.weight" in names:
-        return from_released_vision(file)
+        new = from_released_vision(file, path)
+        return new | {"config": vision_config(rename(names, VISION), path)}
     raise BadInput(f"{path}: neither a checkpoint of ours nor a released vision checkpoint; it holds {', '.join(map(str, list(file)[:6]))}")
 
 
@@ -140,6 +147,8 @@ def main():
     parser.add_argument("target", metavar="OUT", help="checkpoint of ours to write")
     args = parser.parse_args()
     state = read(args.source)
+    if not Path(args.target).parent.is_dir():
+        raise BadInput(f"{args.target}: cannot be written, its folder does not exist")
     common.save(Path(args.target), state)
     print(f"{args.source}: {', '.join(k for k in state if state[k])}; {state['config']} -> {args.target}")
 
