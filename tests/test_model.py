@@ -338,6 +338,14 @@ def test_what_lies_in_the_padding_never_reaches_a_real_position(window, masked):
         assert torch.equal(ours[VALID], theirs[VALID]) and ours[VALID].isfinite().all()
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_the_teacher_knows_what_is_padding(window):
+    teacher, frames = Teacher(post_norm(), window=window), torch.randn(3, 9, 3)
+    changed = torch.where(VALID[..., None], frames, 100.0)
+    for ours, theirs in zip(teacher(frames, VALID), teacher(changed, VALID), strict=True):
+        assert torch.equal(ours[VALID], theirs[VALID]) and ours[VALID].isfinite().all()
+
+
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_padded_sequence_gives_what_it_gives_alone(window):
     encoder, frames = post_norm(alpha=1.4), torch.randn(3, 9, 3)
