@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_commands_are_found():
 def newcomer(tmp_path_factory):
     """A folder with `cifar10` and `IMAGENET` in it, as the README names them; the commands leave their runs there."""
     home = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(ROOT / "assets", home / "assets")
     rng = np.random.default_rng(0)
     for folder, classes in (("cifar10", ("cat", "dog")), ("IMAGENET", ("n01440764", "n01443537"))):
         for split, count in (("train", 24), ("val", 6)):
