@@ -97,7 +97,7 @@ class Config:
 PRESETS = {
     # python train_vision.py: 2 CPU cores, see README for seconds and numbers
     "smoke": dict(
-        steps=700, global_batch=32, workers=0, probe_every=0, probe_images=2000, eval_images=1000, depth=3, guard_after=200,
+        steps=800, global_batch=32, workers=0, probe_every=0, probe_images=2000, eval_images=1000, depth=3, guard_after=200,
         mask_block=4, top_k=3, norm="instance", final_norm="none", learned_std=0.3,
         tau_0=0.95, tau_e=0.995, tau_n=300, lr=3e-3, warmup=60,
     ),

@@ -19,6 +19,7 @@ import common
 import train_vision
 from data import images
 from model import resize_positions
+from targets import regression_loss
 
 SCRIPT = Path(train_vision.__file__)
 TINY = """--dim 16 --depth 2 --heads 2 --ffn 32 --top_k 2 --image_size 16 --patch 4 --mask_block 2 --relative true
@@ -269,7 +270,8 @@ def test_an_interrupted_run_can_be_ended_where_it_stands(pictures, tmp_path, mai
 
 # ---- several processes, several micro-batches ----------------------------------------------------------------------
 
-SPLIT = "--steps 3 --log_every 1 --probe_images 2 --eval_images 6".split()
+# A fifth of the pictures get one hidden patch, the others 13 of 16: the processes hold different numbers of positions.
+SPLIT = "--steps 3 --log_every 1 --probe_images 2 --eval_images 6 --mask_ratio 0.8 --mask_block 8".split()
 
 
 @pytest.fixture(scope="module")
@@ -300,19 +302,29 @@ def test_two_processes_train_the_same_run_as_one(single, double):
     assert results(double[0])["explained_end"] == pytest.approx(results(single)["explained_end"], abs=1e-4)
 
 
-def test_micro_batches_train_the_same_run_as_whole_ones(single, pictures, tmp_path, main):
-    for micro_batch in (4, 1):
+def test_micro_batches_train_the_same_run_as_whole_ones(single, pictures, tmp_path, main, monkeypatch):
+    counts = {4: [], 1: []}
+    for micro_batch in counts:
+
+        def counted(f, *args, real=regression_loss, seen=counts[micro_batch], **kwargs):
+            seen.append(len(f))
+            return real(f, *args, **kwargs)
+
+        monkeypatch.setattr(train_vision, "regression_loss", counted)
         out = tmp_path / f"{micro_batch}"
         code, _, err = main(*SPLIT, "--micro_batch", micro_batch, "--data", pictures, "--out", out)
         assert code == 0, err
         assert_same_run(out, single)
+    assert len(counts[4]) == 6 and len(counts[1]) == 24
+    for first, second in zip(counts[4][::2], counts[4][1::2], strict=True):  # the shares of two processes, too
+        assert first != second, "else a mean of means would pass for the mean over the global batch"
 
 
 def test_only_the_first_of_two_processes_speaks(double):
     _, out, err = double
     assert out.count("step 0:") == out.count("training and") == out.count("3 steps in") == 1
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    assert lines and all("/3 [" in line for line in lines), f"a progress bar and no warnings: {err}"
+    assert err.count("| 0/3 [") == 1 and all("/3 [" in line for line in lines), f"one bar and no warnings: {err}"
 
 
 def test_two_processes_keep_a_random_state_each(double):
