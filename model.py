@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
     embed     a module: embed(input, valid) -> (x (B, T, D), valid (B, T) or None), the content of each position;
               embed.place(x, valid) -> (x (B, prefix + T, D), bias), which adds position AFTER hiding;
-              embed.prefix: tokens put in front (the class token), never masked, never a target; embed.distance(T):
+              embed.prefix: tokens put in front (the class token), never masked, never a target; embed.distance(device):
               (T, T) how far apart two positions are
     blocks    the layers
     norm      applied to the last layer's output (vision), or nn.Identity() (speech and text are post-norm)
