@@ -54,7 +54,7 @@ class Config:
     probe_every: int = option(100, "steps between evaluations; the best is kept as best.pt; 0: only at the end")
     image_size: int = option(0, "pixels; 0: as pre-trained. Another size interpolates the relative positions")
     # optimiser
-    lr: float = option(1e-3, "peak learning rate of the head and the last layer")
+    lr: float = option(1e-3, "peak learning rate of the head; the layers below it follow by layer_decay")
     layer_decay: float = option(0.75, "each layer below the top learns this much slower; 1: all alike (from scratch)")
     min_lr: float = option(1e-6, "learning rate at the last step")
     warmup: int = option(50, "steps of linear warm-up")

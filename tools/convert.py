@@ -8,6 +8,7 @@
 
 import argparse
 import math
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -98,7 +99,8 @@ def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
 
 def load(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
-    harmless = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], type(np.dtype(np.float64))]  # in released files
+    scalar = np.float64(0).__reduce__()[0]  # released files hold options and NumPy learning rates beside the weights
+    harmless = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -106,6 +108,8 @@ def load(path: str | Path) -> dict:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch's readers raise nearly anything on bytes that are no checkpoint
         reason = " ".join(str(error).split())[:100] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text goes on to recommend loading it unsafely
+            reason = "it asks for more than tensors and plain containers"
         raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely ({reason})") from None
 
 
