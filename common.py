@@ -30,6 +30,8 @@ def run(main) -> None:
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+        print(end="", flush=True)
+        os._exit(0)  # threads that gloo leaves behind can abort an orderly exit
 
 
 def option(default, help: str, choices: tuple | None = None):
