@@ -209,11 +209,17 @@ def relative_index(height: int, width: int) -> Tensor:
     return index
 
 
+def resize_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic interpolation of one vector a patch, (H * W, D), to another grid (h * w, D): learned positions."""
+    cells = rearrange(x, "(y x) d -> 1 d y x", y=old[0])
+    cells = F.interpolate(cells.float(), new, mode="bicubic", align_corners=False)
+    return rearrange(cells, "1 d y x -> (y x) d").to(x.dtype)
+
+
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of a relative-position table (rows, H) from one grid of patches to another."""
-    offsets = rearrange(table[:-3], "(y x) h -> 1 h y x", y=2 * old[0] - 1)
-    offsets = F.interpolate(offsets.float(), (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic", align_corners=False)
-    return torch.cat([rearrange(offsets, "1 h y x -> (y x) h").to(table.dtype), table[-3:]])
+    """The same for a relative-position table (rows, H): its offsets form a grid, its last three rows stay."""
+    offsets = [(2 * height - 1, 2 * width - 1) for height, width in (old, new)]
+    return torch.cat([resize_grid(table[:-3], *offsets), table[-3:]])
 
 
 def vision_encoder(

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # `python tools/convert.py` works as well as `python
 
 import common
 from common import BadInput
-from model import resize_positions
+from model import resize_grid, resize_positions
 
 # ---- released vision names: the encoder of BEiT, a shared relative-position table, a linear head -----------------------
 
@@ -133,12 +133,16 @@ def patch_grid(config: dict) -> tuple[int, int]:
 
 
 def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int], new: tuple[int, int]):
-    """Loads weights, with the relative positions interpolated (bicubic) from the grid `old` to `new`.
+    """Loads weights, with the positions interpolated (bicubic) from the grid `old` to `new`.
 
     Raises BadInput that names what does not fit: no parameter stays random, no weight is left over.
     """
     mine = module.state_dict()
-    fitted = {n: resize_positions(t, old, new) if old != new and n.endswith("embed.table") else t for n, t in weights.items()}
+    fitted = dict(weights)
+    for name, tensor in weights.items() if old != new else ():
+        for end, resize in (("embed.table", resize_positions), ("embed.learned", resize_grid)):
+            if name.endswith(end):
+                fitted[name] = resize(tensor, old, new)
     odd = [n for n in mine.keys() | fitted.keys() if n not in mine or n not in fitted or mine[n].shape != fitted[n].shape]
     if odd:
         raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
