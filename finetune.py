@@ -7,11 +7,13 @@
     python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png        # what is in these pictures?
 """
 
+import contextlib
 import itertools
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,12 +54,12 @@ class Config:
     log_every: int = option(10, "steps between metric lines")
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     probe_every: int = option(100, "steps between evaluations; the best is kept as best.pt; 0: only at the end")
-    image_size: int = option(0, "pixels; 0: as pre-trained. Another size interpolates the relative positions")
+    image_size: int = option(0, "pixels; 0: as pre-trained. Another size interpolates the positions")
     # optimiser
     lr: float = option(1e-3, "peak learning rate of the head; the layers below it follow by layer_decay")
     layer_decay: float = option(0.75, "each layer below the top learns this much slower; 1: all alike (from scratch)")
     min_lr: float = option(1e-6, "learning rate at the last step")
-    warmup: int = option(50, "steps of linear warm-up")
+    warmup: int = option(50, "steps of linear warm-up, at most --steps")
     weight_decay: float = option(0.05, "on matrices only")
     clip: float = option(0.0, "largest gradient norm; 0: no clipping")
     # regularisers
@@ -91,9 +93,10 @@ PRESETS = {
 
 def lr_at(step: int, cfg: Config) -> float:
     """Linear warm-up to lr, then cosine to min_lr at the last step. step = 1 .. steps."""
-    if step <= cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    t = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
+    warmup = min(cfg.warmup, cfg.steps)
+    if step <= warmup:
+        return cfg.lr * step / warmup
+    t = (step - warmup) / (cfg.steps - warmup)
     return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * t))
 
 
@@ -105,6 +108,8 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout")
     common.check_range(cfg, 0, 10, "rand_augment")
     common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
+    if cfg.eval_only and cfg.resume:
+        raise BadInput(f"--eval_only: writes a results.json of its own, and leaves the run in --out {cfg.out} alone; choose another --out, without --resume")
     count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
     if cfg.global_batch % (world * count):
         raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
@@ -117,7 +122,7 @@ def main():
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
-        return predict(cfg, device, autocast)
+        return predict(cfg, device, autocast) if rank == 0 else None
 
     # ---- data: a subset of train/ by label_fraction, the same for every run of a seed
     train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
@@ -128,32 +133,38 @@ def main():
             name = part.names[part.labels.index(-1)]
             raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
     train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
-    classifier, state, size = build(cfg, train.classes)
+    stored = Path(cfg.out, "ckpt.pt")
+    resuming = cfg.resume and stored.exists()
+    classifier, state, size = build(replace(cfg, init=str(stored)) if resuming else cfg, train.classes)
     classifier.to(device)
     if cfg.eval_only and "classes" not in state:
         raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
 
     # ---- optimiser: a layer learns layer_decay times as fast as the one above it (Bao et al. 2021)
-    groups = {}
+    groups = {}  # of the model alone, so that a resumed run may have other values
     for name, p in classifier.named_parameters():
         layer = layer_of(name, len(classifier.encoder.blocks))
-        decay = cfg.weight_decay if p.ndim > 1 and not name.endswith(("table", "learned")) else 0.0
-        scale = cfg.layer_decay ** (len(classifier.encoder.blocks) + 1 - layer)
-        groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "scale": scale})["params"].append(p)
-    optimizer = torch.optim.AdamW(groups.values(), lr=cfg.lr, fused=True)
+        decays = p.ndim > 1 and not name.endswith(("table", "learned"))
+        groups.setdefault((layer, decays), []).append(p)
+    values = [
+        {"scale": cfg.layer_decay ** (len(classifier.encoder.blocks) + 1 - layer), "weight_decay": decays * cfg.weight_decay}
+        for layer, decays in groups
+    ]
+    optimizer = torch.optim.AdamW([{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, fused=True)
 
     # ---- the run's folder, and what is already there
     folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
     step, best, row, bad, named = 0, {"top1": -1.0}, {"seconds": 0.0}, set(), set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
-    if cfg.resume and (folder / "ckpt.pt").exists():
-        state = convert.read(folder / "ckpt.pt")
+    if resuming:
         grid = convert.patch_grid(state["config"])
-        convert.load_into(classifier, state["student"], folder / "ckpt.pt", grid, grid)
+        convert.load_into(classifier, state["student"], stored, grid, grid)  # strictly: this image size, these classes
         try:
             optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
-            raise BadInput(f"{folder / 'ckpt.pt'}: its optimizer is of other options ({error})") from None
+            raise BadInput(f"{stored}: its optimizer is of other options ({error})") from None
+        for group, value in zip(optimizer.param_groups, values):
+            group |= value  # this command's layer_decay and weight_decay, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, best, row, bad = state["step"], state["best"], state["row"], set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
@@ -221,10 +232,11 @@ def main():
             rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])
             x, y = images.normalise(view.to(device)), F.one_hot(labels.to(device), len(train.classes)).float()
             x, y = mix(erase(x, cfg.erasing, rng), y, cfg, rng)
-            with autocast:
-                logits = ddp(x)
-            share = F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing) / accumulation
-            share.backward()
+            with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
+                with autocast:
+                    logits = ddp(x)
+                share = F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing) / accumulation
+                share.backward()
             loss += share.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), cfg.clip or math.inf)
         optimizer.step()
@@ -241,7 +253,7 @@ def main():
         row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(), "seconds": time.time() - started}
         row["samples_per_s"] = (step - mark_step) * cfg.global_batch / (time.time() - mark)
         bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))
-        if not math.isfinite(row["loss"]):
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
         saved = {"student": classifier.state_dict(), "teacher": None, "config": state["config"], "classes": train.classes, "finetune": asdict(cfg)}
         if probe_now:

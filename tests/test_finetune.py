@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import common
 import finetune
 import train_vision
 from data import images
-from model import resize_positions
+from model import resize_grid, resize_positions
 
 SCRIPT = Path(finetune.__file__)
 GOLDEN = Path(__file__).parent / "golden"
@@ -489,7 +490,16 @@ def test_learned_positions_and_gains_do_not_decay(monkeypatch, pictures, tmp_pat
     names = {id(p): name for name, p in made["classifier"].named_parameters()}
     plain = {names[id(p)] for g in made["optimizer"].param_groups if g["weight_decay"] == 0 for p in g["params"]}
     assert plain >= {"encoder.embed.learned", "encoder.embed.table", "encoder.blocks.1.scale2", "encoder.embed.cls"}
-    assert "encoder.embed.learned" in refused(tune("--data", pictures, "--init", out / "ckpt.pt", "--image_size", 24))
+
+
+def test_learned_positions_are_interpolated_to_another_image_size(pictures, tmp_path):
+    out = tmp_path / "pretrained"
+    done(call(train_vision, *PRETRAIN, *"--learned_std 0.3 --steps 1".split(), "--data", pictures, "--out", out))
+    done(tune("--data", pictures, "--init", out / "ckpt.pt", "--image_size", 24, *STILL, "--out", tmp_path / "run"))
+    before, after = checkpoint(out)["student"], checkpoint(tmp_path / "run")["student"]
+    for part, resize in (("learned", resize_grid), ("table", resize_positions)):
+        name = f"encoder.embed.{part}"
+        assert_same(after[name], resize(before[name], (4, 4), (6, 6)))
 
 
 def test_a_layer_decay_of_zero_trains_the_head_and_the_table_alone(pictures, pretrained, tmp_path):
@@ -507,6 +517,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
         assert finetune.lr_at(step, cfg) == pytest.approx(step / 20 if step <= 20 else cosine)
     assert finetune.lr_at(100, cfg) == pytest.approx(0.1)
     assert finetune.lr_at(1, finetune.Config(steps=1, warmup=0, lr=1.0)) > 0
+    assert [finetune.lr_at(step, finetune.Config(steps=2, warmup=50, lr=1.0)) for step in (1, 2)] == [0.5, 1]
 
 
 # ---- mixing and erasing --------------------------------------------------------------------------------------------
@@ -640,11 +651,41 @@ def test_an_interrupted_run_can_be_ended_where_it_stands(pictures, pretrained, t
 
 
 def test_resuming_what_does_not_fit_is_one_line(finished, tmp_path):
-    for name, flags in (("size", ["--image_size", 24]), ("groups", ["--layer_decay", 1]), ("damaged", [])):
+    for name, flags in (("size", ["--image_size", 24]), ("groups", []), ("damaged", [])):
         folder = shutil.copytree(finished[0], tmp_path / name)
+        state = checkpoint(folder)
+        if name == "groups":
+            state["optimizer"]["param_groups"].pop()
+            torch.save(state, folder / "ckpt.pt")
         if name == "damaged":
             (folder / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
         assert "ckpt.pt" in refused(tune("--out", folder, "--resume", *flags))
+
+
+@pytest.fixture
+def begun(pictures, pretrained, tmp_path):
+    """Two steps of a run, and the file that it started from gone."""
+    init = shutil.copy(pretrained, tmp_path / "init.pt")
+    done(tune("--data", pictures, "--init", init, "--layer_decay", 0.5, "--steps", 2, "--out", tmp_path / "run"))
+    init.unlink()
+    return tmp_path / "run"
+
+
+def test_resuming_needs_the_runs_own_checkpoint_alone(begun):
+    done(tune("--out", begun, "--resume", "--steps", 3))
+    assert checkpoint(begun)["step"] == 3
+
+
+@pytest.mark.parametrize("scale", [0.25, 1])
+def test_a_resumed_run_takes_a_new_layer_decay_and_weight_decay(monkeypatch, begun, scale):
+    made = watch(monkeypatch)
+    done(tune("--out", begun, "--resume", "--steps", 3, "--layer_decay", scale, "--weight_decay", 0.3))
+    names = {id(p): name for name, p in made["classifier"].named_parameters()}
+    groups = {names[id(p)]: group for group in made["optimizer"].param_groups for p in group["params"]}
+    lr = rows(begun)[-1]["lr"]
+    for name, layers_below_the_head in (("out.weight", 0), ("encoder.blocks.2.fc1.weight", 1), ("encoder.embed.proj.weight", 4)):
+        assert groups[name]["lr"] == pytest.approx(lr * scale**layers_below_the_head) and groups[name]["weight_decay"] == 0.3
+    assert groups["out.bias"]["weight_decay"] == 0
 
 
 # ---- several processes, several micro-batches ----------------------------------------------------------------------
@@ -716,6 +757,30 @@ def test_a_damaged_picture_that_only_the_second_process_meets_is_named_and_count
     assert (out + err).count(f"{DAMAGED:02}.png") == 1
 
 
+def test_only_the_last_micro_batch_sends_its_gradient(monkeypatch, pictures, pretrained, tmp_path):
+    """One of two processes, in a group of one: what it sends is counted, and not added to another's."""
+    held = []
+
+    class Counted(finetune.DistributedDataParallel):
+        def no_sync(self):
+            held.append(1)
+            return super().no_sync()
+
+    def start(*_, real=common.start_processes):
+        return 0, 2, *real("cpu", "float32")[2:]
+
+    monkeypatch.setattr(finetune, "DistributedDataParallel", Counted)
+    monkeypatch.setattr(common, "start_processes", start)
+    flags = options("--data", pictures, "--init", pretrained, "--micro_batch", 1, "--steps", 3, "--out", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", [finetune.__file__, *flags])
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        finetune.main()
+    finally:
+        dist.destroy_process_group()
+    assert len(held) == 3 * 3, "three steps of four micro-batches"
+
+
 # ---- evaluate and predict ------------------------------------------------------------------------------------------
 
 
@@ -732,6 +797,15 @@ def test_eval_only_wants_a_finetuned_file(pretrained, pictures, tmp_path):
     for init in (pretrained, "none"):
         assert "--init" in refused(tune("--data", pictures, "--init", init, "--eval_only", "--out", tmp_path / "run"))
         assert not (tmp_path / "run").exists(), "so that the command can be mended and typed again"
+
+
+def test_eval_only_does_not_overwrite_the_results_of_a_run(finished, pictures, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    flags = "--init", folder / "best.pt", "--out", folder
+    assert "--eval_only" in refused(tune(*flags, "--eval_only", "--resume"))
+    assert "--out" in refused(tune("--data", pictures, *flags, "--eval_only"))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_eval_only_refuses_data_of_other_classes(finished, tmp_path):
@@ -755,6 +829,11 @@ def test_predict_names_the_classes_and_goes_on_after_a_broken_picture(finished, 
     chances = [float(part.split()[1]) for part in guesses[0].split(", ")]
     assert sum(chances) == pytest.approx(1, abs=2e-3) and chances == sorted(chances, reverse=True)
     assert {path.name for path in tmp_path.iterdir()} == {"broken.png", "grey.png"}, "nothing is written"
+
+
+def test_only_the_first_process_predicts(monkeypatch, finished, pictures):
+    monkeypatch.setattr(common, "start_processes", lambda *_, real=common.start_processes: (1, 2, *real("cpu", "float32")[2:]))
+    assert done(tune("--init", finished[0] / "best.pt", "--predict", pictures / "val/red/00.png")) == ""
 
 
 def test_predict_with_a_released_file_gives_five_numbers_of_classes(released, pictures):
@@ -821,6 +900,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(fini
     assert code == 1 and "finite" in err and "--lr" in err and "Traceback" not in err, err
     for name in ("ckpt.pt", "best.pt"):
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_their_step_is_saved(monkeypatch, pictures, pretrained, tmp_path):
+    """Its loss is still finite, its weights are not."""
+
+    def poison(parameters, *_, real=torch.nn.utils.clip_grad_norm_, calls=[]):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 3:
+            parameters[0].grad.fill_(math.inf)
+        return real(parameters, math.inf)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    out = tmp_path / "run"
+    code, _, err = tune("--data", pictures, "--init", pretrained, "--save_every", 1, "--probe_every", 1, "--out", out)
+    assert code == 1 and "step 3" in err and "finite" in err, err
+    for name in ("ckpt.pt", "best.pt"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint(out, name)["student"].values())
+    assert checkpoint(out)["step"] == 2
 
 
 @pytest.mark.parametrize(
