@@ -15,7 +15,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from sys import intern
@@ -44,17 +44,16 @@ def clean(text: str, dictionary: list[str] = LETTERS, blank: int = 0) -> tuple[s
     Accents go, typographic apostrophes become ', other punctuation becomes a space, quotes around a word go. Digits and
     signs that stand for words (5 & % $) stay and are reported: only the caller knows how they were spoken.
     """
-    text = unicodedata.normalize("NFKD", re.sub("[’‘ʼ＇´`]", "'", text).upper())
     letters, out = letters_of(dictionary, blank), []
-    for c in text:
+    for c in unicodedata.normalize("NFKD", re.sub("[’‘ʼ＇´`]", "'", text)).upper():
         kind = unicodedata.category(c)
         if c in letters or c in "%&@#":
             out.append(c)
-        elif kind != "Mn":  # Mn: the accents that NFKD has split from their letters
-            out.append(" " if kind[0] in "PZC" else c)
-    words = [w[1:-1] if w[0] == w[-1] == "'" else w for w in "".join(out).split()]
+        elif kind not in ("Mn", "Cf"):  # the accents that NFKD has split from their letters; soft hyphens
+            out.append(" " if kind[0] in "PZ" or kind == "Cc" else c)
+    words = [w.strip("'") if w[0] == w[-1] == "'" else w for w in "".join(out).split()]
     text = " ".join(w for w in words if w)
-    return text, "".join(sorted({c for c in text if c != " " and c not in letters}))
+    return text, "".join(sorted(set(text) - {" "} - letters.keys()))
 
 
 def encode(text: str, dictionary: list[str] = LETTERS, blank: int = 0) -> list[int]:
@@ -223,17 +222,18 @@ def decode_beam(
 # ---- language model -----------------------------------------------------------------------------------------------
 
 
-def open_text(path: str):
-    """A text file opened to read, plain or gzip, whatever its name. Raises BadInput."""
+def lines_of(path: str) -> Iterator[str]:
+    """The lines of a UTF-8 text, plain or gzip, whatever its name. Raises BadInput: the file, where and why."""
+    at = 0
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
-        return (gzip.open if zipped else open)(path, "rt", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-
-
-UNREADABLE = (UnicodeDecodeError, EOFError, zlib.error, OSError)  # what a damaged text or gzip file raises later on
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+            for at, line in enumerate(file, 1):
+                yield line
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: not UTF-8, or a damaged gzip file"
+        raise BadInput(f"{path}: cannot be read after line {at} ({reason})") from None
 
 
 class ArpaLM:
@@ -275,43 +275,38 @@ class ArpaLM:
     def read(cls, path: str) -> "ArpaLM":
         """Reads an ARPA file of any order, gzip too. Raises BadInput: the file, the line and what is wrong there."""
         wanted, found, prob, backoff, n, at = {}, Counter(), {}, {}, None, 0
-        with open_text(path) as lines:
-            try:
-                for at, line in enumerate(lines, 1):
-                    line = line.strip(" \t\r\n")
-                    if n is None:  # whatever stands before \data\ is a comment
-                        n = 0 if line == "\\data\\" else None
-                    elif line == "\\end\\":
-                        break
-                    elif match := re.fullmatch(r"ngram +(\d+) *= *(\d+)", line) if n == 0 else None:
-                        wanted[int(match[1])] = int(match[2])
-                    elif line.startswith("\\") and (match := re.fullmatch(r"\\(\d+)-grams:", line)):
-                        n = int(match[1])
-                        if n not in wanted:
-                            raise ValueError(f"{n}-grams, but the header counts none")
-                    elif line:
-                        p, *words = re.split("[ \t]+", line)
-                        if n == 0 or not n <= len(words) <= n + 1:
-                            raise ValueError(f"wanted log10 P, {n or 'n'} words and perhaps a back-off weight")
-                        gram, p, weight = tuple(map(intern, words[:n])), float(p), float(words[n] if words[n:] else 0)
-                        if gram in prob or not p <= 0 or not weight < math.inf:
-                            raise ValueError("listed twice" if gram in prob else "log10 P must be at most 0, weights finite")
-                        prob[gram] = max(p, -100.0)  # some tools write -inf, which times a weight of 0 would be NaN
-                        found[n] += 1
-                        if weight:
-                            backoff[gram] = max(weight, -100.0)
-                else:
-                    raise ValueError("the file ends before \\end\\" if n is not None else "no \\data\\: not an ARPA file")
-                for n, count in wanted.items():
-                    if found[n] != count:
-                        raise ValueError(f"the header promises {count} {n}-grams, the file holds {found[n]}")
-                if not found[1] or sorted(wanted) != list(range(1, len(wanted) + 1)):
-                    raise ValueError("the orders must be 1, 2, ... with some 1-grams")
-            except (ValueError, *UNREADABLE) as error:
-                if isinstance(error, UNREADABLE):
-                    at, error = at + 1, f"cannot be decoded ({type(error).__name__}); not UTF-8 text, or a damaged gzip file"
-                raise BadInput(f"{path}: line {at}: {error}") from None
-        return cls(len(wanted), prob, backoff)
+        try:
+            for at, line in enumerate(lines_of(path), 1):
+                line = line.strip(" \t\r\n")
+                if n is None:  # whatever stands before \data\ is a comment
+                    n = 0 if line == "\\data\\" else None
+                elif line == "\\end\\":
+                    break
+                elif n == 0 and (match := re.fullmatch(r"ngram +(\d+) *= *(\d+)", line)):
+                    wanted[int(match[1])] = int(match[2])
+                elif match := re.fullmatch(r"\\(\d+)-grams:", line):
+                    n = int(match[1])
+                    if n not in wanted:
+                        raise ValueError(f"{n}-grams, which the header does not announce")
+                elif line:
+                    p, *words = re.split("[ \t]+", line)
+                    if not n or not n <= len(words) <= n + 1:
+                        raise ValueError(f"wanted log10 P, {n or 'n'} words and perhaps a back-off weight")
+                    gram, p, weight = tuple(map(intern, words[:n])), float(p), float(words[n] if words[n:] else 0)
+                    if gram in prob or not p <= 0 or not weight < math.inf:
+                        raise ValueError("listed twice" if gram in prob else "log10 P must be at most 0, weights finite")
+                    prob[gram] = max(p, -100.0)  # some tools write -inf, which times a weight of 0 would be NaN
+                    found[n] += 1
+                    if weight:
+                        backoff[gram] = max(weight, -100.0)
+            else:
+                raise ValueError("the file ends before \\end\\" if n is not None else "no \\data\\: not an ARPA file")
+            for n, count in wanted.items():
+                if found[n] != count:
+                    raise ValueError(f"the header promises {count} {n}-grams, the file holds {found[n]}")
+        except ValueError as error:
+            raise BadInput(f"{path}: line {at}: {error}") from None
+        return cls(max(wanted, default=1), prob, backoff)
 
     def write(self, path: str) -> None:
         """Writes the model as an ARPA file, gzip if the name ends in .gz, under a temporary name until it is whole."""
@@ -424,18 +419,6 @@ def cer(pairs: Iterable[tuple[str, str]]) -> Errors:
 # ---- command line -------------------------------------------------------------------------------------------------
 
 
-def sentences(paths: list[str], skip: int):
-    """The words of each line that has any, cleaned as transcripts are, without the first `skip`."""
-    for path in paths:
-        with open_text(path) as lines:
-            try:
-                for line in lines:
-                    if words := clean(" ".join(line.split()[skip:]))[0].split():
-                        yield words
-            except UNREADABLE as error:
-                raise BadInput(f"{path}: cannot be decoded ({type(error).__name__}); wanted UTF-8 text or gzip") from None
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m data.letters", description="Language models for CTC decoding.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -447,9 +430,11 @@ def main():
     args = parser.parse_args()
     if args.order < 1 or args.skip < 0:
         raise BadInput("--order must be at least 1 and --skip at least 0")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise BadInput(f"{args.out}: cannot be written, its folder does not exist")
-    lm = kneser_ney(sentences(args.input, args.skip), args.order)
+    if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
+        raise BadInput(f"{args.out}: cannot be written; give a file in a folder that exists")
+    lines = (line for path in args.input for line in lines_of(path))
+    sentences = (clean(" ".join(line.split()[args.skip :]))[0].split() for line in lines)
+    lm = kneser_ney(filter(None, sentences), args.order)
     lm.write(args.out)
     odd = sum(not set(word) <= set(LETTERS) for word in lm.words)
     print(f"{args.out}: {len(lm.prob)} n-grams up to order {args.order}, {len(lm.words)} words"
