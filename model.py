@@ -1,6 +1,6 @@
 """data2vec's networks: embedders, the Transformer, the student and its EMA teacher.
 
-    x = embed(input)                        (B, T, D)   PatchEmbed | (speech and text plug in here)
+    x = embed(input)                        (B, T, D)   PatchEmbed | WaveEmbed
     f = head(encoder(mask(x)))[masked]      (M, D)      Student
     a_1 .. a_L = encoder_ema(x)             (B, T, D)   Teacher
 
@@ -96,18 +96,22 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Embed, hide, place, transform: the network that student and teacher share in shape.
 
-    embed     a module: embed(input, valid) -> (x (B, T, D), valid (B, T) or None), the content of each position;
+    embed     a module: embed(input, valid) -> (x (B, T, D), valid (B, T) or None), the content of each position, where
+              `valid` goes in as the input knows it (speech: its samples (B,)) and comes out for positions;
               embed.place(x, valid) -> (x (B, prefix + T, D), bias), which adds position AFTER hiding;
-              embed.prefix: tokens put in front (the class token), never masked, never a target; embed.distance(device):
+              embed.prefix: tokens put in front (the class token), never masked, never a target; embed.distance(x):
               (T, T) how far apart two positions are
     blocks    the layers
     norm      applied to the last layer's output (vision), or nn.Identity() (speech and text are post-norm)
     hide      learn a mask embedding (vision, speech); text hides by a <mask> token instead
+    layer_drop  probability to skip a whole layer for the whole batch, in training only (Fan et al. 2019; speech)
     """
 
-    def __init__(self, embed: nn.Module, blocks: list[Block], norm: nn.Module, dim: int, hide: bool = True):
+    def __init__(
+        self, embed: nn.Module, blocks: list[Block], norm: nn.Module, dim: int, hide: bool = True, layer_drop: float = 0.0
+    ):
         super().__init__()
-        self.dim, self.prefix = dim, embed.prefix
+        self.dim, self.prefix, self.layer_drop = dim, embed.prefix, layer_drop
         self.embed, self.blocks, self.norm = embed, nn.ModuleList(blocks), norm
         self.mask_embedding = nn.Parameter(torch.zeros(dim)) if hide else None
 
@@ -128,9 +132,11 @@ class Encoder(nn.Module):
         if mask is not None and self.mask_embedding is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
         x, bias = self.embed.place(x, valid)
-        bias = restrict(bias, valid, self.embed.distance(x.device) <= window if window else None, self.prefix)
+        bias = restrict(bias, valid, self.embed.distance(x) <= window if window else None, self.prefix)
         layers = []
         for block in self.blocks:
+            if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
+                continue
             x, a = block(x, bias)
             layers.append(a[:, self.prefix :])
         return self.norm(x), layers
@@ -138,6 +144,8 @@ class Encoder(nn.Module):
 
 def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, prefix: int) -> Tensor | None:
     """Forbids attention to padding and beyond a window, on top of a bias broadcastable to (B, H, T, T), or None.
+
+    Without a bias the result is boolean, True = is seen, which scaled_dot_product_attention takes as well.
 
     valid (B, T) bool, near (T, T) bool. Under a window no position may look at the prefix tokens, which see everything.
     """
@@ -149,8 +157,7 @@ def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, pre
     if near is not None:
         near = F.pad(F.pad(near, (prefix, 0), value=False), (0, 0, prefix, 0), value=True)
         seen = seen & near
-    bias = torch.zeros((), device=seen.device) if bias is None else bias
-    return bias.masked_fill(~seen, -math.inf)
+    return seen if bias is None else bias.masked_fill(~seen, -math.inf)
 
 
 # ---- vision ------------------------------------------------------------------------------------------------------
@@ -192,9 +199,9 @@ class PatchEmbed(nn.Module):
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         return x, None if self.table is None else rearrange(F.embedding(self.index, self.table), "i j h -> 1 h i j")
 
-    def distance(self, device: torch.device) -> Tensor:
+    def distance(self, x: Tensor) -> Tensor:
         """(T, T): patches apart, the larger of rows and columns."""
-        cell = torch.cartesian_prod(*(torch.arange(n, device=device) for n in self.grid))
+        cell = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in self.grid))
         return (cell[:, None] - cell[None]).abs().amax(-1)
 
 
@@ -257,6 +264,108 @@ def init_vision(module: nn.Module, std: float = 0.02) -> None:
             block.fc2.weight.data.div_(math.sqrt(2 * l))
 
 
+# ---- speech ------------------------------------------------------------------------------------------------------
+
+CONVS = ((512, 10, 5),) + 4 * ((512, 3, 2),) + 2 * ((512, 2, 2),)  # channels, kernel, stride: 16 kHz -> 50 frames a second
+
+
+class WaveEmbed(nn.Module):
+    """Waveforms to frames (strided convolutions, no padding), positions from a stack of wide convolutions.
+
+    convs    (channels, kernel, stride) of each layer; every layer is conv without bias, LayerNorm over channels, GELU
+    groups   of the position convolutions, a divisor of dim
+    dropout  of what enters the Transformer
+    """
+
+    prefix = 0
+
+    def __init__(self, convs: tuple[tuple[int, int, int], ...], dim: int, kernel: int, depth: int, groups: int, dropout: float):
+        super().__init__()
+        widths = [1] + [channels for channels, _, _ in convs]
+        self.content = nn.ModuleDict({
+            "convs": nn.ModuleList(nn.Conv1d(w, c, k, stride, bias=False) for w, (c, k, stride) in zip(widths, convs)),
+            "norms": nn.ModuleList(nn.LayerNorm(c) for c, _, _ in convs),
+            "norm": nn.LayerNorm(widths[-1]),
+            "proj": nn.Linear(widths[-1], dim),
+        })  # fmt: skip
+        self.positions = nn.ModuleList(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth))
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+
+    def frames(self, samples):
+        """Number of frames of so many samples (int or Tensor): floor((n - kernel) / stride + 1), layer after layer."""
+        for conv in self.content["convs"]:
+            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
+        return samples
+
+    def forward(self, waves: Tensor, samples: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """waves (B, N) normalised float, samples (B,) int64 or None (no padding) -> content (B, T, D), valid (B, T) or None."""
+        x = waves[:, None]
+        for conv, norm in zip(self.content["convs"], self.content["norms"]):
+            x = F.gelu(norm(convolve(conv, x).transpose(1, 2)).transpose(1, 2))  # (B, C, T): the norm is over C
+        x = self.content["proj"](self.content["norm"](x.transpose(1, 2)))
+        if samples is None:
+            return x, None
+        return x, torch.arange(x.shape[1], device=x.device) < self.frames(samples)[:, None]
+
+    def place(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, None]:
+        x = x if valid is None else x.masked_fill(~valid[..., None], 0)  # once; the layers below let padding bleed in
+        y = rearrange(x, "b t d -> b d t")
+        for conv in self.positions:
+            y = conv(y)[..., : x.shape[1]]  # an even kernel gives one frame too many
+            y = F.gelu(rearrange(F.layer_norm(rearrange(y, "b d t -> b t d"), x.shape[-1:]), "b t d -> b d t"))
+        return self.dropout(self.norm(x + rearrange(y, "b d t -> b t d"))), None
+
+    def distance(self, x: Tensor) -> Tensor:
+        """(T, T): frames apart."""
+        t = torch.arange(x.shape[1], device=x.device)
+        return (t[:, None] - t[None]).abs()
+
+
+def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """conv without padding: (B, C, N) -> (B, C', T). On a CPU in bfloat16 matrix products are twice as fast."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        windows = rearrange(x.unfold(2, conv.kernel_size[0], conv.stride[0]), "b c t k -> b t (c k)")
+        return F.linear(windows, conv.weight.flatten(1)).transpose(1, 2)
+    return conv(x)
+
+
+def speech_encoder(
+    *, dim: int, depth: int, heads: int, ffn: int, convs: tuple[tuple[int, int, int], ...] = CONVS, kernel: int = 19,
+    pos_depth: int = 5, groups: int = 16, dropout: float = 0.0, attn_dropout: float = 0.0, ffn_dropout: float = 0.0,
+    layer_drop: float = 0.0, target: str = "ffn", deep_norm: bool = False,
+) -> Encoder:  # fmt: skip
+    """The wav2vec 2.0 encoder as data2vec changes it (paper section 4.2): post-norm, 5 position convolutions, LayerNorm
+    eps 1e-5, no final norm. deep_norm: residual gain (2L)^(1/4) and smaller initial weights (AudioSet; Wang et al. 2022)."""
+    embed = WaveEmbed(convs, dim, kernel, pos_depth, groups, dropout)
+    blocks = [
+        Block(
+            dim, heads, ffn, pre_norm=False, eps=1e-5, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
+            ffn_dropout=ffn_dropout, alpha=(2 * depth) ** 0.25 if deep_norm else 1.0,
+        )
+        for _ in range(depth)
+    ]  # fmt: skip
+    encoder = Encoder(embed, blocks, nn.Identity(), dim, layer_drop=layer_drop)
+    for conv in embed.content["convs"]:
+        nn.init.kaiming_normal_(conv.weight)
+    nn.init.uniform_(encoder.mask_embedding)  # as in wav2vec 2.0
+    init_post_norm(encoder, (8 * depth) ** -0.25 if deep_norm else None)
+    return encoder
+
+
+def init_post_norm(encoder: Encoder, gain: float | None = None) -> None:
+    """BERT's normal(0.02) for all matrices of the blocks; with a gain DeepNorm's: Xavier, query and key at gain 1."""
+    for block in encoder.blocks:
+        for linear in (block.attn.qkv, block.attn.out, block.fc1, block.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            if gain is not None:
+                nn.init.xavier_normal_(linear.weight, gain)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if gain is not None:
+            for part, g in zip(block.attn.qkv.weight.data.chunk(3), (1.0, 1.0, gain)):
+                nn.init.xavier_normal_(part, g)
+
+
 # ---- student and teacher -----------------------------------------------------------------------------------------
 
 
@@ -267,10 +376,17 @@ class Student(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, input: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
-        """input, mask (B, T) bool -> predictions (M, D) of the M masked positions, row by row."""
-        features, _ = self.encoder(input, mask, valid)
-        return self.head(features[:, self.encoder.prefix :][mask])
+    def forward(self, input: Tensor, mask: Tensor, valid: Tensor | None = None, content: bool = False):
+        """input, mask (B, T) bool -> predictions (M, D) of the M masked positions, row by row.
+
+        content=True returns also the content (B, T, D) before masking, without gradient, and the positions that are valid:
+        the speech teacher goes on from there, so that the convolutions run once a step.
+        """
+        if not content:
+            return self.head(self.encoder(input, mask, valid)[0][:, self.encoder.prefix :][mask])
+        x, valid = self.encoder.embed(input, valid)
+        features, _ = self.encoder.transform(x, mask, valid)
+        return self.head(features[:, self.encoder.prefix :][mask]), x.detach(), valid
 
 
 def regression_head(dim: int, layers: int = 1) -> nn.Module:
@@ -295,6 +411,31 @@ class Classifier(nn.Module):
         """input -> logits (B, classes)."""
         features, _ = self.encoder(input)
         return self.out(self.norm(features[:, self.encoder.prefix :].mean(1)))
+
+
+class Recogniser(nn.Module):
+    """Fine-tuning on transcripts: every frame's last layer -> dropout -> Linear to letters, trained by CTC (section 5.2)."""
+
+    def __init__(self, encoder: Encoder, letters: int, dropout: float = 0.0):
+        super().__init__()
+        self.encoder, self.dropout, self.out = encoder, nn.Dropout(dropout), nn.Linear(encoder.dim, letters)
+
+    def forward(
+        self, waves: Tensor, samples: Tensor | None = None, mask: Tensor | None = None, channels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """waves (B, N), samples (B,) or None -> logits (B, T, letters), number of frames of each row (B,) int64.
+
+        mask (B, T) bool hides frames and channels (B, D) bool zeroes features, a regulariser (as SpecAugment's, Park et al.
+        2019); without them nothing is hidden.
+        """
+        x, valid = self.encoder.embed(waves, samples)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
+        if channels is not None:
+            x = x.masked_fill(channels[:, None], 0)
+        features, _ = self.encoder.transform(x, None, valid)
+        frames = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+        return self.out(self.dropout(features)), frames
 
 
 class Teacher(nn.Module):
@@ -331,6 +472,7 @@ class Teacher(nn.Module):
         return any(name == s or name.startswith(s + ".") for s in self.shared)
 
     @torch.no_grad()
-    def forward(self, input: Tensor, valid: Tensor | None = None) -> list[Tensor]:
-        """The full, unmasked input -> [a_1 .. a_L], each (B, T, D)."""
-        return self.encoder(input, None, valid, self.window)[1]
+    def forward(self, input: Tensor, valid: Tensor | None = None, content: bool = False) -> list[Tensor]:
+        """The full, unmasked input (content=True: its embedded content, from the student) -> [a_1 .. a_L], each (B, T, D)."""
+        network = self.encoder.transform if content else self.encoder
+        return network(input, None, valid, self.window)[1]
