@@ -94,6 +94,48 @@ def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
     return new
 
 
+# ---- released speech names: the encoder of wav2vec 2.0, with or without a CTC head --------------------------------------
+
+SPEECH = {
+    r"mask_emb": "mask_embedding",
+    r"feature_extractor\.conv_layers\.(\d+)\.0\.weight": r"embed.content.convs.\1.weight",
+    r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.(weight|bias)": r"embed.content.norms.\1.\2",
+    r"layer_norm\.(weight|bias)": r"embed.content.norm.\1",
+    r"post_extract_proj\.(weight|bias)": r"embed.content.proj.\1",
+    r"encoder\.pos_conv\.(\d+)\.0\.(weight|bias)": r"embed.positions.\1.\2",
+    r"encoder\.layer_norm\.(weight|bias)": r"embed.norm.\1",
+}
+POST_NORM = {  # the layers of speech and text alike
+    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight": r"blocks.\1.attn.\2.weight",
+    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias": r"blocks.\1.attn.\2_bias",
+    r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)": r"blocks.\1.attn.out.\2",
+    r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)": r"blocks.\1.norm1.\2",
+    r"encoder\.layers\.(\d+)\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
+    r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"blocks.\1.norm2.\2",
+}
+
+
+def fuse(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value matrices of a layer become one."""
+    new = dict(encoder)
+    for name in encoder:
+        if name.endswith("attn.q.weight"):
+            stem = name.removesuffix("q.weight")
+            new[stem + "qkv.weight"] = torch.cat([new.pop(f"{stem}{part}.weight") for part in "qkv"])
+    return new
+
+
+def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> dict:
+    """Released names -> {"student", "teacher"}; the teacher's content (convolutions, projection) is the student's."""
+    encoder = fuse(rename(model, SPEECH | POST_NORM))
+    student = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    student |= rename(model, {r"final_proj\.(weight|bias)": r"head.\1", r"proj\.(weight|bias)": r"out.\1"})
+    if ema is None:
+        return {"student": student, "teacher": None}
+    averaged = fuse(rename({f"encoder.{name}": tensor for name, tensor in ema.items()}, SPEECH | POST_NORM))
+    return {"student": student, "teacher": {f"encoder.{name}": tensor for name, tensor in (encoder | averaged).items()}}
+
+
 # ---- any checkpoint ----------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +174,9 @@ def patch_grid(config: dict) -> tuple[int, int]:
     return config["image_size"] // config["patch"], (config.get("image_width") or config["image_size"]) // config["patch"]
 
 
-def load_into(module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int], new: tuple[int, int]):
+def load_into(
+    module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int] = (), new: tuple[int, int] = ()
+):
     """Loads weights, with the positions interpolated (bicubic) from the grid `old` to `new`.
 
     Raises BadInput that names what does not fit: no parameter stays random, no weight is left over.
