@@ -138,3 +138,29 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: 
 
     fit.step(closure)
     return ((x_test @ weight + bias).argmax(1) == y_test).float().mean().item()
+
+
+@torch.enable_grad()
+def fit_ctc(x: list[Tensor], letters: list[list[int]], classes: int, steps: int = 200, lr: float = 0.05):
+    """A linear layer on frozen frames, trained by CTC (Graves et al. 2006; blank 0) with Adam on all utterances at once.
+
+    x        frames (T, D) of each utterance;  letters  its transcript, indices 1 .. classes - 1
+    returns  a function: frames (T, D) of one utterance -> log-probabilities (T, classes)
+    """
+    device, every = x[0].device, torch.cat(x)
+    mean, std = every.mean(0), every.std(0) + 1e-6
+    frames = [len(u) for u in x]
+    padded = torch.nn.utils.rnn.pad_sequence([(u - mean) / std for u in x])  # (T, B, D)
+    goal, lengths = torch.tensor([i for text in letters for i in text], device=device), [len(text) for text in letters]
+    weight = torch.zeros(padded.shape[-1], classes, device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=lr, betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        log_probs = (padded @ weight + bias).log_softmax(-1)
+        loss = F.ctc_loss(log_probs, goal, tuple(frames), tuple(lengths), zero_infinity=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weight, bias = weight.detach(), bias.detach()
+    return lambda u: ((u - mean) / std @ weight + bias).log_softmax(-1)
