@@ -1,11 +1,13 @@
 """Plumbing that nobody ablates: options, processes, the run's folder, checkpoints, metric lines, exit codes."""
 
 import argparse
+import atexit
 import json
 import math
 import os
 import resource
 import sys
+import traceback
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -19,52 +21,50 @@ class BadInput(Exception):
 
 def run(main) -> None:
     """Calls main(). Exit status 0; 2 and one line for input that cannot be used; 130 for Ctrl-C; 1 otherwise."""
+    status = 1
     try:
         main()
+        gather(None)  # torchrun's processes leave together: none before the others have all they need from it
+        status = 0
     except (BadInput, argparse.ArgumentError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            message = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(2)
+        traceback.clear_frames(error.__traceback__)  # closes a progress bar, which ends its line
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine
+            line = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(status := 2)
     except KeyboardInterrupt:
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        print(end="", flush=True)
-        os._exit(0)  # threads that gloo leaves behind can abort an orderly exit
+        sys.exit(status := 130)
+    finally:
+        if dist.is_initialized():  # gloo's threads can hang or abort an orderly exit
+            atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(status)))
 
 
 def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option; a default [] takes one or more values."""
-    return field(default_factory=lambda: default, metadata={"help": help, "choices": choices, "kind": type(default)})
+    """A dataclass field that is also a command-line option, of the default's type; [] takes one or more words."""
+    kind = type(default)
 
+    def read(text: str):
+        if kind in (str, list, bool):
+            return bool(("false", "true").index(text.lower())) if kind is bool else text
+        if not math.isfinite(number := float(text)) or kind is int and number != int(number):  # 1e5 is an int too
+            raise ValueError
+        return int(text) if kind is int and text.isdigit() else kind(number)
 
-def read_value(kind: type, text: str):
-    """The text of an option as bool, int (1e5 too), float (finite) or str. Raises ValueError."""
-    if kind in (str, list):
-        return text
-    if kind is bool:
-        return bool(("false", "true").index(text.lower()))
-    if not math.isfinite(number := float(text)) or kind is int and number != int(number):
-        raise ValueError
-    return int(text) if kind is int and text.isdigit() else kind(number)
+    read.__name__ = kind.__name__  # argparse names it in its message
+    flag = {"type": read, "choices": choices} | {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
+    return field(default_factory=lambda: kind(default), metadata={"help": help, "kind": kind, "flag": flag})
 
 
 def parse(config_class, presets: dict[str, dict], about: str, family: str):
     """Command line -> config. Later wins: defaults, preset, the run's own config.json with --resume, `--key value`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
     for f in fields(config_class):
-        kind = f.metadata["kind"]
-        read = lambda text, kind=kind: read_value(kind, text)  # noqa: E731
-        read.__name__ = kind.__name__  # argparse names it in its message
-        count = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
-        parser.add_argument(f"--{f.name}", type=read, choices=f.metadata["choices"], default=argparse.SUPPRESS, **count)
+        parser.add_argument(f"--{f.name}", **f.metadata["flag"] | ({"choices": presets} if f.name == "preset" else {}))
     given, unknown = parser.parse_known_args()
-    given, names = vars(given), [f.name for f in fields(config_class)]
     if unknown:
-        raise BadInput(f"unknown option {unknown[0]}; the options are " + " ".join(f"--{name}" for name in names))
-    preset = given.get("preset", next(iter(presets)))
+        raise BadInput(f"unknown option {unknown[0]}; the options are " + " ".join(f"--{f.name}" for f in fields(config_class)))
+    given, preset = vars(given), getattr(given, "preset", next(iter(presets)))
     stored = Path(given.setdefault("out", f"runs/{family}-{preset}"), "config.json")
     if given.get("resume") and stored.exists():
         try:
@@ -72,8 +72,6 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{stored}: damaged or of another version ({error!r}); mend it or start anew") from None
         presets, preset = presets | {old["preset"]: old}, given.get("preset", old["preset"])
-    if preset not in presets:
-        raise BadInput(f"--preset {preset}: no such preset; choose from {', '.join(presets)}")
     config = config_class(**{"preset": preset} | presets[preset] | {k: v for k, v in given.items() if k != "help"})
     if "help" in given:
         print(f"{about}\npresets: {', '.join(presets)}\noptions, with their values in preset {preset}:")
@@ -99,8 +97,7 @@ def start_processes(device: str, dtype: str) -> tuple[int, int, torch.device, to
     torch.cuda.set_device(place) if cuda else None
     native = torch.cuda.get_device_capability() >= (8, 0) if cuda else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and native)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo") if "RANK" in os.environ else None
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), place, autocast
 
 
@@ -123,10 +120,11 @@ def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
     return folder
 
 
-def save(path: Path, state: dict) -> None:
-    """Writes .json or a checkpoint under a temporary name, then renames: a crash leaves the previous file whole."""
+def save(path: Path, state: dict | str) -> None:
+    """Writes text, .json or a checkpoint under a temporary name, then renames: a crash leaves the previous file whole."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(state, indent=2)) if path.suffix == ".json" else torch.save(state, temporary)
+    text = json.dumps(state, indent=2) if path.suffix == ".json" else state
+    temporary.write_text(text) if isinstance(text, str) else torch.save(state, temporary)
     os.replace(temporary, path)
 
 
@@ -142,7 +140,7 @@ def open_metrics(folder: Path, step: int):
     """metrics.jsonl, opened to append lines; those after `step`, which a resumed run writes again, are dropped."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{s}\n" for s in lines if s.endswith("}") and json.loads(s)["step"] <= step))
+    save(path, "".join(f"{s}\n" for s in lines if s.endswith("}") and json.loads(s)["step"] <= step))
     return open(path, "a", buffering=1)  # a line is on disk when it is written
 
 

@@ -182,8 +182,6 @@ def main():
         return DataLoader(views, batch_sampler=keys, collate_fn=images.collate, num_workers=cfg.workers,
                           pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
 
-    bar = None  # of progress, from the loop on
-
     def evaluate() -> dict[str, float]:
         """top1 (and top5 from 10 classes up) on val/; every image is counted once, whatever the number of processes."""
         mine = range(rank, len(val), world)
@@ -203,7 +201,6 @@ def main():
             dist.all_reduce(counts)
         n, first, five = counts.tolist()
         if not n:
-            bar.close() if bar is not None else None
             raise BadInput(f"{cfg.data}: no picture of val/ could be decoded, for instance {next(iter(bad))}; check the folder")
         return {"top1": first / n} | ({"top5": five / n} if len(train.classes) >= 10 else {})
 
@@ -254,6 +251,7 @@ def main():
         row["samples_per_s"] = (step - mark_step) * cfg.global_batch / (time.time() - mark)
         bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            bar.close()
             raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
         saved = {"student": classifier.state_dict(), "teacher": None, "config": state["config"], "classes": train.classes, "finetune": asdict(cfg)}
         if probe_now:

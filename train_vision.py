@@ -81,7 +81,7 @@ class Config:
     # optimiser
     lr: float = option(2e-3, "peak learning rate")
     min_lr: float = option(1e-5, "learning rate at the last step")
-    warmup: int = option(100, "steps of linear warm-up; too few and a large lr diverges")
+    warmup: int = option(100, "steps of linear warm-up, at most --steps; too few and a large lr diverges")
     weight_decay: float = option(0.05, "on matrices only: not on biases, norms, gains, tokens and position tables")
     beta2: float = option(0.999, "Adam's second-moment decay")
     clip: float = option(3.0, "largest gradient norm; 0: no clipping")
@@ -126,9 +126,10 @@ PRESETS["large_phase2"] = PRESETS["large"] | dict(init_teacher="student", tau_0=
 
 def lr_at(step: int, cfg: Config) -> float:
     """Linear warm-up to lr, then cosine to min_lr at the last step. step = 1 .. steps."""
-    if step <= cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    t = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
+    warmup = min(cfg.warmup, cfg.steps)
+    if step <= warmup:
+        return cfg.lr * step / warmup
+    t = (step - warmup) / (cfg.steps - warmup)
     return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * t))
 
 
@@ -200,6 +201,8 @@ def main():
         convert.load_into(student, state["student"], folder / "ckpt.pt", grid, grid)
         convert.load_into(teacher, state["teacher"], folder / "ckpt.pt", grid, grid)
         optimizer.load_state_dict(state["optimizer"])
+        for group, weight_decay in zip(optimizer.param_groups, (cfg.weight_decay, 0.0)):
+            group |= {"weight_decay": weight_decay, "betas": (0.9, cfg.beta2)}  # this command's, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, begin, row, bad = state["step"], state["begin"], state["row"], set(state["bad"])
     elif cfg.init:
@@ -282,6 +285,7 @@ def main():
         row["samples_per_s"] = (step - mark_step) * cfg.global_batch / (time.time() - mark)
         bar.set_postfix_str("loss {loss:.4f}, std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))  # fmt: skip
         if sick := unhealthy(row, cfg):
+            bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
             if probe_now:

@@ -3,11 +3,15 @@
 import json
 import os
 import pickle
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import common
 from common import BadInput, option
@@ -107,6 +111,11 @@ def test_numbers_lists_and_choices():
     assert parse("--shape", "square").shape == "square"
 
 
+def test_what_is_put_into_a_list_stays_there():
+    parse().files.append("a.png")
+    assert parse().files == []
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -164,11 +173,65 @@ def test_success_returns_and_other_errors_keep_their_traceback():
         common.run(lambda: 1 / 0)
 
 
-def test_only_rank_0_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         common.run(lambda: parse("--stps"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_line_does_not_land_on_a_progress_bar(capsys):
+    def main():
+        bar = tqdm(total=3)
+        bar.update()
+        raise BadInput("x.pt: gone")
+
+    with pytest.raises(SystemExit, match="2"):
+        common.run(main)
+    assert "\ntoy.py: x.pt: gone\n" in capsys.readouterr().err
+
+
+PROCESS = """
+import atexit, os, sys, time
+import common
+
+def main():
+    rank, *_ = common.start_processes("cpu", "float32")
+    atexit.register(os.abort)  # as gloo's threads now and then do
+    print("done", end="")
+    common.gather(rank)
+    if sys.argv[1] == "late" and rank == 1:
+        time.sleep(1)
+        open("last", "w").close()
+    if sys.argv[1] == "input":
+        raise common.BadInput("x.pt: gone")
+    if sys.argv[1] == "stop":
+        raise SystemExit("collapsed")
+    if sys.argv[1] == "mistake":
+        1 / 0
+
+common.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "end, status, said", [("late", 0, ""), ("input", 2, "gone\n"), ("stop", 1, "collapsed\n"), ("mistake", 1, "division by zero\n")]
+)  # fmt: skip
+def test_two_processes_end_together_with_their_status_and_what_they_printed(tmp_path, end, status, said):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        place = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", PROCESS, end], env=os.environ | place | {"PYTHONPATH": str(Path(common.__file__).parent)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    out, err = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == status and out == "done" and err.endswith(said), err
+    assert (tmp_path / "last").exists() == (end == "late"), "the first waits for the second"
+    assert processes[1].wait(timeout=120) == status
 
 
 # ---- run folder ----------------------------------------------------------------------------------------------------
@@ -297,6 +360,20 @@ def test_metric_lines_after_the_checkpoint_are_dropped(tmp_path):
     with common.open_metrics(tmp_path, 3) as metrics:
         print(json.dumps({"step": 4}), file=metrics)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_crash_while_dropping_metric_lines_leaves_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def crash(self, text, real=common.Path.write_text):
+        real(self, text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Path, "write_text", crash)
+    with pytest.raises(KeyboardInterrupt):
+        common.open_metrics(tmp_path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_one_process_gathers_only_its_own_value():

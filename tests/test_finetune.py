@@ -898,6 +898,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoints(fini
     flags = "--resume --steps 60 --lr 1e30 --probe_every 100 --save_every 100".split()
     code, _, err = tune("--out", folder, *flags)
     assert code == 1 and "finite" in err and "--lr" in err and "Traceback" not in err, err
+    assert re.search(r"\nstep \d+: the loss", err), "not on the line of the bar"
     for name in ("ckpt.pt", "best.pt"):
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes()
 

@@ -18,7 +18,7 @@ from PIL import Image
 import common
 import train_vision
 from data import images
-from model import resize_positions
+from model import resize_grid, resize_positions
 from targets import regression_loss
 
 SCRIPT = Path(train_vision.__file__)
@@ -384,6 +384,24 @@ def test_init_with_what_does_not_fit_is_one_line(finished, pictures, tmp_path, m
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+def test_a_resumed_run_takes_a_new_weight_decay_and_beta2(finished, tmp_path, main):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    assert main("--out", folder, "--resume", "--steps", 7, "--weight_decay", 0.3, "--beta2", 0.9)[0] == 0
+    groups = checkpoint(folder)["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.3, (0.9, 0.9)), (0, (0.9, 0.9))]
+
+
+def test_init_with_learned_positions_at_another_image_size_interpolates_them(pictures, tmp_path, main):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = "--data", pictures, *STILL, "--learned_std", 0.3
+    assert main(*flags, "--out", first)[0] == 0
+    code, _, err = main(*flags, "--init", first / "ckpt.pt", "--image_size", 24, "--image_width", 12, "--out", second)
+    assert code == 0, err
+    for part in ("student", "teacher"):
+        name = "encoder.embed.learned"
+        assert_same(checkpoint(second)[part][name], resize_grid(checkpoint(first)[part][name], (4, 4), (6, 3)))
+
+
 def test_resuming_with_another_model_is_one_line(finished, tmp_path, main):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert "ckpt.pt" in refused(main("--out", folder, "--resume", "--dim", 32))
@@ -423,7 +441,7 @@ def test_a_collapsed_run_stops_and_says_what_to_try(pictures, tmp_path):
 def test_the_collapse_guard_waits_for_its_step_and_can_be_switched_off(pictures, tmp_path, main):
     flags = "--data", pictures, "--min_pred_std", 100, "--log_every", 1
     code, _, err = main(*flags, "--guard_after", 4, "--out", tmp_path / "a")
-    assert code == 1 and "step 4: collapsed, pred_std" in err and "Traceback" not in err
+    assert code == 1 and "\nstep 4: collapsed, pred_std" in err and "Traceback" not in err, "on a line of its own"
     assert [row["step"] for row in rows(tmp_path / "a")][:3] == [1, 2, 3]
     assert main(*flags, "--guard_after", -1, "--out", tmp_path / "b")[0] == 0
 
@@ -502,6 +520,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
         assert train_vision.lr_at(step, cfg) == pytest.approx(step / 20 if step <= 20 else cosine)
     assert train_vision.lr_at(100, cfg) == pytest.approx(0.1)
     assert train_vision.lr_at(1, config(steps=1, warmup=0, lr=1.0)) > 0
+    assert [train_vision.lr_at(step, config(steps=2, warmup=50, lr=1.0)) for step in (1, 2)] == [0.5, 1]
 
 
 def toy(n, seed, classes=3):
