@@ -13,7 +13,7 @@ import torch
 
 import common
 import finetune
-from model import Student, Teacher, regression_head, resize_positions, vision_encoder
+from model import Student, Teacher, regression_head, relative_index, resize_grid, resize_positions, vision_encoder
 from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -140,6 +140,19 @@ def test_the_other_contents_of_a_released_file_do_no_harm(save, module):
         for name, content in members.items():
             file.writestr(name, re.sub(rb"numpy\._?core\.multiarray", module, content))
     assert_same(convert.read(path)["student"], convert.read(save(released("vision"), "plain.pth"))["student"])
+    assert argparse.Namespace not in torch.serialization.get_safe_globals(), "allowed for this file alone"
+
+
+def test_what_is_allowed_has_the_form_that_every_torch_takes(monkeypatch, save):
+    """Pairs of a function and another name for it came after torch 2.6 was first cut."""
+
+    def safe_globals(allowed, real=torch.serialization.safe_globals):
+        assert all(callable(one) and one.__module__ and one.__qualname__ for one in allowed)
+        return real(allowed)
+
+    monkeypatch.setattr(torch.serialization, "safe_globals", safe_globals)
+    file = convert.load(save({"a": np.float64(2e-3)}))
+    assert file == {"a": 2e-3}
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------
@@ -164,7 +177,7 @@ def test_a_file_from_which_sizes_cannot_be_told_is_one_line(save, call, tmp_path
 
 
 def not_square(height=3, width=2):
-    """A released file of a model on a grid that is not square: 15 + 3 rows of relative positions."""
+    """A released file of a model on a grid that is not square, with a damaged relative_position_index."""
     file = released("vision")
     for part in file.values():
         part["rel_pos_bias.relative_position_bias_table"] = torch.randn((2 * height - 1) * (2 * width - 1) + 3, 2)
@@ -173,9 +186,27 @@ def not_square(height=3, width=2):
     return file
 
 
-def test_a_table_of_a_grid_that_is_not_square_is_one_line(save, call, tmp_path):
-    """Height and width do not follow from the number of rows, so that the sizes in the new file would be wrong."""
-    path = save(not_square())
+@pytest.mark.parametrize("height, width", [(3, 2), (2, 3), (1, 5), (2, 2)])
+def test_the_index_of_a_released_file_tells_its_grid(save, height, width):
+    """1 x 5 and 2 x 2 patches have as many relative positions, 3 x 2 and 2 x 3 as many patches as well."""
+    file = not_square(height, width)
+    file["model"]["rel_pos_bias.relative_position_index"] = relative_index(height, width)
+    state = convert.read(save(file))
+    assert convert.patch_grid(state["config"]) == (height, width)
+    classifier, _, size = finetune.build(finetune.Config(init=str(save(file))), ["a", "b"])
+    assert size == (8 * height, 8 * width) and torch.equal(classifier.encoder.embed.table, state["student"]["encoder.embed.table"])
+
+
+def test_a_square_grid_needs_no_index(save):
+    file = released("vision")
+    del file["model"]["rel_pos_bias.relative_position_index"]
+    assert convert.patch_grid(convert.read(save(file))["config"]) == (3, 3)
+
+
+@pytest.mark.parametrize("height, width", [(3, 2), (1, 5)])
+def test_a_table_of_a_grid_that_cannot_be_told_is_one_line(save, call, tmp_path, height, width):
+    """The sizes in the new file would be wrong."""
+    path = save(not_square(height, width))
     error = refused(call(path, tmp_path / "ours.pt"))
     assert str(path) in error and "square" in error
     assert not (tmp_path / "ours.pt").exists()
@@ -272,3 +303,13 @@ def test_another_grid_interpolates_the_relative_positions_and_nothing_else():
     expected = weights | {"embed.table": resize_positions(weights["embed.table"], (2, 2), (3, 3))}
     assert expected["embed.table"].shape == (28, 2)
     assert_same(module.state_dict(), expected)
+
+
+def test_another_grid_interpolates_learned_positions_too():
+    module, weights = encoder(side=12, learned_std=1.0), encoder(learned_std=1.0).state_dict()
+    load(module, weights, (2, 2), (3, 3))
+    ours = module.embed.learned
+    assert torch.equal(ours, resize_grid(weights["embed.learned"], (2, 2), (3, 3))) and ours.shape == (9, 8)
+    ramp = torch.arange(4.0)[:, None].expand(4, 5)  # of 4 x 5 patches, rising downwards
+    across = resize_grid(ramp.reshape(20, 1), (4, 5), (8, 5)).reshape(8, 5)
+    assert (across.diff(dim=0) > 0).all() and torch.allclose(across, across[:, :1].expand(8, 5), atol=1e-6)

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # `python tools/convert.py` works as well as `python
 
 import common
 from common import BadInput
-from model import resize_grid, resize_positions
+from model import relative_index, resize_grid, resize_positions
 
 # ---- released vision names: the encoder of BEiT, a shared relative-position table, a linear head -----------------------
 
@@ -42,7 +42,7 @@ VISION = {
 }
 VISION_HEAD = {r"lm_head\.(weight|bias)": r"\1"}  # regression head of pre-training
 VISION_CLASSIFIER = {r"fc_norm\.(weight|bias)": r"norm.\1", r"head\.(weight|bias)": r"out.\1"}
-VISION_UNUSED = r".*relative_position_index"  # recomputed from the grid
+VISION_UNUSED = r".*relative_position_index"  # tells the grid, and is recomputed from it
 
 
 def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
@@ -55,19 +55,34 @@ def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]
     return new
 
 
-def vision_config(encoder: dict[str, Tensor], path: str) -> dict:
-    """Sizes of a vision encoder, from its renamed weights. Raises BadInput if they do not tell, or the grid is not square."""
+def vision_grid(rows: int, index: Tensor | None) -> tuple[int, int] | None:
+    """(H, W) in patches of a model with so many relative positions; None if that cannot be told.
+
+    index  the file's own relative_index, (1 + H * W, 1 + H * W); without it, or if it is damaged, only a square is known
+    """
+    side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
+    patches = side * side if index is None else len(index) - 1
+    for height in range(1, patches + 1):
+        width = patches // height
+        if height * width == patches and (2 * height - 1) * (2 * width - 1) + 3 == rows:
+            if height == width or index is not None and torch.equal(index, relative_index(height, width)):
+                return height, width
+    return None
+
+
+def vision_config(encoder: dict[str, Tensor], index: Tensor | None, path: str) -> dict:
+    """Sizes of a vision encoder, from its renamed weights and relative_position_index. Raises BadInput if they do not tell."""
     blocks = {int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")}
     needed = ("embed.table", "embed.proj.weight", "blocks.0.fc1.weight")
     if lacking := [name for name in needed if name not in encoder]:
         raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
     table, proj = encoder["embed.table"], encoder["embed.proj.weight"]
-    side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
-    if len(table) != (2 * side - 1) ** 2 + 3:
-        raise BadInput(f"{path}: {len(table)} relative positions are not those of a square image; only square ones can be told")
+    if not (grid := vision_grid(len(table), index)):
+        raise BadInput(f"{path}: {len(table)} relative positions are not those of a square image, and no relative_position_index in it fits them")
+    patch = proj.shape[-1]
     return {
-        "patch": proj.shape[-1], "dim": len(proj), "heads": table.shape[1], "image_size": side * proj.shape[-1],
-        "image_width": 0, "depth": 1 + max(blocks), "ffn": len(encoder["blocks.0.fc1.weight"]),
+        "patch": patch, "dim": len(proj), "heads": table.shape[1], "image_size": grid[0] * patch,
+        "image_width": grid[1] * patch if grid[0] != grid[1] else 0, "depth": 1 + max(blocks), "ffn": len(encoder["blocks.0.fc1.weight"]),
         "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0, "relative": True, "learned_std": 0.0,
     }  # fmt: skip
 
@@ -139,10 +154,20 @@ def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None
 # ---- any checkpoint ----------------------------------------------------------------------------------------------------
 
 
+def numpy_scalar(package: str):
+    """What makes a NumPy number of its bytes, under the name that NumPy before ("core") and since ("_core") 2 gives it."""
+
+    def scalar(dtype: np.dtype, value: bytes):
+        return np.float64(0).__reduce__()[0](dtype, value)
+
+    scalar.__module__, scalar.__qualname__ = f"numpy.{package}.multiarray", "scalar"  # how torch tells what is allowed
+    return scalar
+
+
 def load(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
-    scalar = np.float64(0).__reduce__()[0]  # released files hold options and NumPy learning rates beside the weights
-    harmless = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), scalar, (scalar, "numpy.core.multiarray.scalar")]
+    # released files hold options and NumPy learning rates beside the weights
+    harmless = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), *map(numpy_scalar, ("core", "_core"))]
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -165,7 +190,8 @@ def read(path: str) -> dict:
     names = file.get("model", file)
     if isinstance(names, dict) and "patch_embed.proj.weight" in names:
         new = from_released_vision(file, path)
-        return new | {"config": vision_config(rename(names, VISION), path)}
+        index = next((tensor for name, tensor in names.items() if re.fullmatch(VISION_UNUSED, name)), None)
+        return new | {"config": vision_config(rename(names, VISION), index, path)}
     raise BadInput(f"{path}: neither a checkpoint of ours nor a released vision checkpoint; it holds {', '.join(map(str, list(file)[:6]))}")
 
 
