@@ -454,6 +454,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(finis
     assert (folder / "ckpt.pt").read_bytes() == (finished[0] / "ckpt.pt").read_bytes()
 
 
+def test_gradients_that_are_not_finite_stop_the_run_before_their_step_is_saved(pictures, tmp_path, main, monkeypatch):
+    """Its loss is still finite, its weights are not."""
+
+    def poison(parameters, limit, real=torch.nn.utils.clip_grad_norm_, calls=[]):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 3:
+            parameters[0].grad.fill_(math.inf)
+        return real(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    code, _, err = main("--data", pictures, "--save_every", 1, "--out", tmp_path / "run")
+    assert code == 1 and "step 3" in err and "finite" in err, err
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["student"].values())
+
+
 def config(**changes):
     return train_vision.Config(**{"dim": 16, "depth": 2, "heads": 2, "top_k": 2, "image_size": 16} | changes)
 
