@@ -425,28 +425,40 @@ class Classifier(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Fine-tuning on transcripts: every frame's last layer -> dropout -> Linear to letters, trained by CTC (section 5.2)."""
+    """Fine-tuning on speech: every frame's last layer -> dropout -> Linear, for letters (CTC) or for sound events.
 
-    def __init__(self, encoder: Encoder, letters: int, dropout: float = 0.0):
+    frozen  the encoder gets no gradient while this is True (the released recipes' first updates)
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, dropout: float = 0.0):
         super().__init__()
-        self.encoder, self.dropout, self.out = encoder, nn.Dropout(dropout), nn.Linear(encoder.dim, letters)
+        self.encoder, self.dropout, self.out = encoder, nn.Dropout(dropout), nn.Linear(encoder.dim, classes)
+        self.frozen = False
 
     def forward(
         self, waves: Tensor, samples: Tensor | None = None, mask: Tensor | None = None, channels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """waves (B, N), samples (B,) or None -> logits (B, T, letters), number of frames of each row (B,) int64.
+        """waves (B, N), samples (B,) or None -> logits (B, T, classes), number of frames of each row (B,) int64.
 
         mask (B, T) bool hides frames and channels (B, D) bool zeroes features, a regulariser (as SpecAugment's, Park et al.
         2019); without them nothing is hidden.
         """
-        x, valid = self.encoder.embed(waves, samples)
-        if mask is not None:
-            x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
-        if channels is not None:
-            x = x.masked_fill(channels[:, None], 0)
-        features, _ = self.encoder.transform(x, None, valid)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x, valid = self.encoder.embed(waves, samples)
+            if mask is not None:
+                x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
+            if channels is not None:
+                x = x.masked_fill(channels[:, None], 0)
+            features, _ = self.encoder.transform(x, None, valid)
         frames = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
         return self.out(self.dropout(features)), frames
+
+
+def linear_softmax(logits: Tensor, frames: Tensor) -> Tensor:
+    """Which events a clip holds, from its frames: sum p^2 / sum p (Wang et al. 2019). logits (B, T, C), frames (B,) -> (B, C)."""
+    real = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
+    p = logits.float().sigmoid() * real[..., None]
+    return p.square().sum(1) / p.sum(1).clamp_min(1e-7)
 
 
 class Teacher(nn.Module):

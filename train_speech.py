@@ -103,7 +103,8 @@ BIG = dict(
 PRESETS = {
     # python train_speech.py: 2 CPU cores, see README for seconds and numbers
     "smoke": dict(
-        steps=400, global_batch=32, workers=0, probe_every=0, channels=48, depth=3, top_k=3, guard_after=200,
+        steps=500, global_batch=16, max_samples=256_000, max_seconds=4.0, workers=0, probe_every=0, probe_utterances=100,
+        channels=48, depth=3, top_k=3, guard_after=200,
         tau_0=0.95, tau_e=0.995, tau_n=200, lr=2e-3, warmup=0.1, decay=0.3, clip=3.0, beta2=0.99,
     ),
     # python train_speech.py --preset digits --data DIR: 2 CPU cores or any GPU, see README
