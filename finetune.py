@@ -1,10 +1,18 @@
-"""Fine-tune a pre-trained encoder on labelled images, evaluate it, or use it (paper section 5.1).
+"""Fine-tune a pre-trained encoder on labels, evaluate it, or use it (paper sections 5.1 and 5.2).
 
-    python finetune.py --init runs/vision-smoke/ckpt.pt                                 # made images, laptop CPU
-    python finetune.py --preset cifar10 --data DIR --init CKPT --label_fraction 0.1      # 10 % of the labels
-    python finetune.py --preset cifar10 --data DIR --init none                           # the same, from scratch
-    torchrun --nproc_per_node=8 finetune.py --preset base --data DIR --init CKPT         # ImageNet-1K
-    python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png        # what is in these pictures?
+    images: classes of pictures (DIR/{train,val}/CLASS/*.jpg)
+      python finetune.py --init runs/vision-smoke/ckpt.pt                                # made images, laptop CPU
+      python finetune.py --preset cifar10 --data DIR --init CKPT --label_fraction 0.1     # 10 % of the labels
+      python finetune.py --preset cifar10 --data DIR --init none                          # the same, from scratch
+      torchrun --nproc_per_node=8 finetune.py --preset base --data DIR --init CKPT        # ImageNet-1K
+    letters: transcripts of speech, by CTC (LibriSpeech's layout)
+      python finetune.py --preset speech_smoke --init runs/speech-smoke/ckpt.pt          # made speech, laptop CPU
+      torchrun --nproc_per_node=8 finetune.py --preset 10h --data DIR --init CKPT
+    sounds: events in recordings (DIR/{train,valid}.csv, DIR/classes.txt)
+      torchrun --nproc_per_node=8 finetune.py --preset audioset --data DIR --init CKPT
+    use it: a fine-tuned file knows what it is for
+      python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png      # or recordings
+      python finetune.py --init runs/finetune-10h/best.pt --eval_only --data DIR --valid test-other --lm 4-gram.arpa
 """
 
 import contextlib
@@ -12,7 +20,8 @@ import itertools
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,32 +33,41 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
+import train_speech
 import train_vision
 from common import BadInput, option
-from data import images
-from model import Classifier, vision_encoder
+from data import audio, images, letters
+from masking import span_mask
+from model import Classifier, Recogniser, linear_softmax, vision_encoder
+from targets import average_precision
 from tools import convert
 
 
 @dataclass
 class Config:
     preset: str = option("smoke", "named set of values for the options below")
+    goal: str = option("images", "what the labels are: classes of images, letters or sound events of recordings", ("images", "letters", "sounds"))
     # run
-    data: str = option("", "folder with train/ and val/, each CLASS/*.jpg; empty: the made images of train_vision.py")
+    data: str = option("", "folder (see above); empty: the made images or the made speech of pre-training")
+    train: list = option([], "recordings: splits of --data to train on; none: as train_speech.py chooses")
+    valid: list = option([], "recordings: splits of --data to evaluate on; none: as train_speech.py chooses")
     out: str = option("", "folder of this run; a run that is there already is only continued, never overwritten")
-    init: str = option("none", "checkpoint: pre-trained (ours or released) or fine-tuned; none: random weights of this preset's model")
+    init: str = option("none", "checkpoint: pre-trained (ours or released) or fine-tuned; none: random weights of --model")
     init_from: str = option("student", "which network of a pre-trained checkpoint to start from", ("student", "teacher"))
+    model: str = option("smoke", "with --init none: the pre-training preset whose model is built")
     resume: bool = option(False, "continue the run in --out from its ckpt.pt")
-    eval_only: bool = option(False, "only evaluate the fine-tuned --init on val/")
-    predict: list = option([], "pictures to classify with the fine-tuned --init; nothing is trained or written")
-    label_fraction: float = option(1.0, "share of train/ to use, the same images for every run of a seed, at least one a class")
+    eval_only: bool = option(False, "only evaluate the fine-tuned --init on the held-out part")
+    predict: list = option([], "files to classify or to write down with the fine-tuned --init; nothing is trained or written")
+    label_fraction: float = option(1.0, "share of the training part to use, the same examples for every run of a seed, at least one a class")
     steps: int = option(500, "optimiser steps")
-    global_batch: int = option(64, "images a step, whatever the number of processes")
-    micro_batch: int = option(0, "most images a process holds at once; 0: no limit")
+    global_batch: int = option(64, "images, or seconds of audio, a step, whatever the number of processes")
+    micro_batch: int = option(0, "images: most that a process holds at once; 0: no limit")
+    max_samples: int = option(512_000, "recordings: most samples (16,000 a second) that a process holds at once")
+    max_seconds: float = option(30.0, "recordings: longer ones are left out of letters, cropped for sounds")
     seed: int = option(0, "seed of the head, subset, order and augmentation")
     device: str = option("auto", "auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "autocast; auto is bfloat16 where the hardware has it", ("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the encoder")
+    compile: bool = option(False, "torch.compile the encoder (its Transformer, for recordings)")
     workers: int = option(2, "data-loading processes for each training process")
     log_every: int = option(10, "steps between metric lines")
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
@@ -57,108 +75,180 @@ class Config:
     image_size: int = option(0, "pixels; 0: as pre-trained. Another size interpolates the positions")
     # optimiser
     lr: float = option(1e-3, "peak learning rate of the head; the layers below it follow by layer_decay")
+    head_lr: float = option(0.0, "peak learning rate of the head alone; 0: lr")
     layer_decay: float = option(0.75, "each layer below the top learns this much slower; 1: all alike (from scratch)")
-    min_lr: float = option(1e-6, "learning rate at the last step")
-    warmup: int = option(50, "steps of linear warm-up, at most --steps")
+    schedule: str = option("cosine", "after warmup to min_lr, or 10 % warm-up, 40 % lr, 50 % exponential decay to 0.05 lr", ("cosine", "tri_stage"))
+    min_lr: float = option(1e-6, "cosine: learning rate at the last step")
+    warmup: int = option(50, "cosine: steps of linear warm-up, at most all of them")
     weight_decay: float = option(0.05, "on matrices only")
+    beta2: float = option(0.999, "Adam's second-moment decay")
     clip: float = option(0.0, "largest gradient norm; 0: no clipping")
+    freeze_steps: int = option(0, "recordings: the pre-trained encoder learns only after this many steps, the head at once")
+    freeze_convs: bool = option(True, "recordings: the pre-trained convolutions never learn")
     # regularisers
-    drop_path: float = option(0.1, "stochastic depth, rising linearly to this at the last layer")
+    drop_path: float = option(0.1, "images: stochastic depth, rising linearly to this at the last layer")
+    layer_drop: float = option(0.0, "recordings: probability to skip a layer")
     dropout: float = option(0.0, "dropout on both branches of a block")
     attn_dropout: float = option(0.0, "dropout on the attention weights")
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "Beta parameter of mixup; 0: off")
-    cutmix: float = option(0.0, "Beta parameter of cutmix; 0: off. With both on, a coin decides for each batch")
-    erasing: float = option(0.0, "probability to erase a random rectangle")
-    rand_augment: float = option(0.0, "magnitude of RandAugment, two operations, std 0.5; 0: colour jitter instead")
-    jitter: float = option(0.4, "brightness, contrast and saturation change by up to this")
-    crop_min: float = option(0.4, "smallest area of the random crop, as a share of the image")
+    ffn_dropout: float = option(0.0, "recordings: dropout inside the FFN")
+    head_dropout: float = option(0.0, "recordings: dropout before the head")
+    mask_p: float = option(0.0, "recordings: share of frames to hide, if spans never met")
+    mask_span: int = option(10, "recordings: frames in a hidden span")
+    channel_p: float = option(0.0, "recordings: share of channels to silence, if spans never met")
+    channel_span: int = option(64, "recordings: channels in a silenced span")
+    smoothing: float = option(0.1, "images: label smoothing")
+    mixup: float = option(0.0, "images: Beta parameter of mixup; sounds: probability to mix two clips; 0: off")
+    cutmix: float = option(0.0, "images: Beta parameter of cutmix; 0: off. With both on, a coin decides for each batch")
+    erasing: float = option(0.0, "images: probability to erase a random rectangle")
+    rand_augment: float = option(0.0, "images: magnitude of RandAugment, two operations, std 0.5; 0: colour jitter instead")
+    jitter: float = option(0.4, "images: brightness, contrast and saturation change by up to this")
+    crop_min: float = option(0.4, "images: smallest area of the random crop, as a share of the image")
+    # decoding of letters
+    beam: int = option(0, "letters: hypotheses of the beam search; 0: greedy, the best letter of each frame")
+    lm: str = option("", "letters: n-gram language model for the beam search, an ARPA file (python -m data.letters makes one)")
+    lm_weight: float = option(2.0, "letters: weight of the language model's log10 probabilities")
+    word_score: float = option(-1.0, "letters: added for each word; a language model alone would prefer few")
 
 
 IMAGENET = dict(
-    global_batch=1024, micro_batch=128, workers=10, log_every=50, save_every=2500, probe_every=6255, warmup=12_510,
+    model="base", global_batch=1024, micro_batch=128, workers=10, log_every=50, save_every=2500, probe_every=6255, warmup=12_510,
     smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25, rand_augment=9.0, crop_min=0.08,
 )  # fmt: skip
+CTC = dict(
+    goal="letters", model="base", global_batch=1600, max_samples=3_200_000, workers=6, log_every=50, save_every=1000, probe_every=1000,
+    lr=5e-5, layer_decay=1.0, schedule="tri_stage", weight_decay=0.0, beta2=0.98, layer_drop=0.1, ffn_dropout=0.1,
+    freeze_steps=10_000, mask_p=0.65, channel_p=0.25,
+)  # fmt: skip
+LARGE = dict(model="large", max_samples=1_280_000)
 PRESETS = {
     # python finetune.py [--init runs/vision-smoke/ckpt.pt]: made images, 2 CPU cores, see README
     "smoke": dict(),
     # python finetune.py --preset cifar10 --data DIR: 2 CPU cores, see README
-    "cifar10": dict(steps=500, probe_every=250, save_every=0, workers=1),
+    "cifar10": dict(model="cifar10", steps=500, probe_every=250, save_every=0, workers=1),
     # ViT-B, 100 epochs of 1251 steps; paper 84.2 top-1; not run here
     "base": IMAGENET | dict(steps=125_100, lr=4e-3, layer_decay=0.65, drop_path=0.2),
     # ViT-L, 50 epochs; paper 86.6 top-1; not run here
-    "large": IMAGENET | dict(steps=62_550, lr=5e-3, layer_decay=0.65, drop_path=0.25),
-}
+    "large": IMAGENET | dict(model="large", steps=62_550, lr=5e-3, layer_decay=0.65, drop_path=0.25),
+    # python finetune.py --preset speech_smoke [--init runs/speech-smoke/ckpt.pt]: made speech, 2 CPU cores, see README
+    "speech_smoke": CTC | dict(
+        model="smoke", steps=200, global_batch=16, max_samples=256_000, workers=0, log_every=10, probe_every=0, save_every=0,
+        lr=1e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, label_fraction=0.1, channel_p=0.0, clip=3.0, freeze_convs=False,
+    ),
+    # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
+    "digits": CTC | dict(
+        model="digits", steps=1000, global_batch=32, max_samples=512_000, workers=1, probe_every=250, save_every=250,
+        lr=5e-4, freeze_steps=0, mask_p=0.3, channel_p=0.1, clip=3.0, freeze_convs=False,
+    ),
+    # Libri-light's and LibriSpeech's labels: section 5.2; paper's WER on test-other with a 4-gram model in README; not run here
+    "10m": CTC | dict(steps=13_000),
+    "1h": CTC | dict(steps=13_000),
+    "10h": CTC | dict(steps=20_000, channel_p=0.5),
+    "100h": CTC | dict(steps=80_000, lr=3e-5, channel_p=0.5, freeze_steps=0),
+    "960h": CTC | dict(steps=320_000, lr=1e-4, mask_p=0.5, channel_p=0.1, freeze_steps=0),
+    "10m_large": CTC | LARGE | dict(steps=13_000, lr=1e-4),
+    "1h_large": CTC | LARGE | dict(steps=13_000, lr=3e-4, mask_p=0.75),
+    "10h_large": CTC | LARGE | dict(steps=20_000, lr=1e-4, mask_p=0.75),
+    "100h_large": CTC | LARGE | dict(steps=80_000, lr=3e-5, mask_p=0.5, channel_p=0.5),
+    "960h_large": CTC | LARGE | dict(steps=320_000, lr=3e-5, mask_p=0.5),
+    # AudioSet-20K, 21.3 minutes a batch; paper 34.5 mAP; the schedule is ours, none is published; not run here
+    "audioset": CTC | dict(
+        goal="sounds", model="audioset", steps=13_000, global_batch=1280, max_samples=1_280_000, max_seconds=10.0, lr=3e-5, head_lr=2e-4,
+        mask_p=0.45, mask_span=4, channel_p=0.0, mixup=0.7, freeze_steps=0, layer_drop=0.05, ffn_dropout=0.0,
+    ),
+}  # fmt: skip
 
 
 def lr_at(step: int, cfg: Config) -> float:
-    """Linear warm-up to lr, then cosine to min_lr at the last step. step = 1 .. steps."""
+    """Linear warm-up to lr, then cosine to min_lr, or hold and exponential decay to 0.05 lr. step = 1 .. steps."""
+    if cfg.schedule == "tri_stage":
+        t = step / cfg.steps
+        return cfg.lr * (max(t / 0.1, 0.01) if t < 0.1 else 0.05 ** max(0.0, (t - 0.5) / 0.5))
     warmup = min(cfg.warmup, cfg.steps)
     if step <= warmup:
         return cfg.lr * step / warmup
-    t = (step - warmup) / (cfg.steps - warmup)
+    t = (step - warmup) / max(cfg.steps - warmup, 1)
     return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * t))
 
 
 def check(cfg: Config, world: int) -> int:
-    """Refuses values that cannot work. Returns the number of micro-batches a step."""
-    common.check_range(cfg, 1, math.inf, "steps global_batch log_every")
-    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_size warmup lr min_lr weight_decay clip mixup cutmix")  # fmt: skip
-    common.check_range(cfg, 0, 1, "smoothing erasing jitter layer_decay")
-    common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout")
+    """Refuses values that cannot work. Returns the number of micro-batches a step of each process."""
+    common.check_range(cfg, 1, math.inf, "steps global_batch log_every mask_span channel_span max_samples")
+    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_size warmup lr head_lr min_lr weight_decay clip freeze_steps mixup cutmix beam")  # fmt: skip
+    common.check_range(cfg, 0, 1, "smoothing erasing jitter layer_decay mask_p channel_p")
+    common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout ffn_dropout head_dropout layer_drop beta2")
     common.check_range(cfg, 0, 10, "rand_augment")
     common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
     if cfg.eval_only and cfg.resume:
         raise BadInput(f"--eval_only: writes a results.json of its own, and leaves the run in --out {cfg.out} alone; choose another --out, without --resume")
+    if cfg.lm and not cfg.beam:
+        raise BadInput(f"--lm {cfg.lm}: only the beam search asks it; add --beam 50 or so")
+    if cfg.goal != "images":
+        common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
+        count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
+        if count % world:
+            raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip
+        return count // world
     count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
     if cfg.global_batch % (world * count):
         raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
     return count
 
 
+@dataclass
+class Task:
+    """What one kind of labels brings to the loop: images_task, letters_task, sounds_task."""
+
+    model: torch.nn.Module  # an encoder and a new head
+    state: dict  # of the checkpoint it comes from: "config", "classes" and, to resume, all the rest
+    classes: list[str]  # what the outputs stand for
+    examples: str  # such as "1000 images"
+    metric: str  # of those that evaluate() returns, the one that says which checkpoint is best
+    lower: bool  # is less better?
+    batches: Callable[[int], Iterator]  # (step) -> this process's micro-batches of the steps after it
+    weigh: Callable  # (micro-batch) -> what the loss is a mean over (images, letters, clips), how many examples these are
+    loss: Callable  # (network, micro-batch, rng) -> the loss, summed over the micro-batch
+    evaluate: Callable[[], dict[str, float]]  # on the held-out part; every example counts once, whatever the processes
+
+
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
     rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
+    if cfg.init != "none" and (cfg.predict or cfg.eval_only):  # a fine-tuned file knows
+        cfg = replace(cfg, goal=convert.read(cfg.init).get("goal", cfg.goal))
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
         return predict(cfg, device, autocast) if rank == 0 else None
 
-    # ---- data: a subset of train/ by label_fraction, the same for every run of a seed
-    train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
-    if len(train.classes) < 2:
-        raise BadInput(f"{cfg.data}: only one class in train/; fine-tuning needs at least two folders of classes")
-    for part in (train, val):
-        if -1 in part.labels:
-            name = part.names[part.labels.index(-1)]
-            raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
-    train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
-    stored = Path(cfg.out, "ckpt.pt")
+    # ---- the run's folder, and what is already there
+    stored, bad, named = Path(cfg.out, "ckpt.pt"), set(), set()  # bad: "file: what is wrong with it"
     resuming = cfg.resume and stored.exists()
-    classifier, state, size = build(replace(cfg, init=str(stored)) if resuming else cfg, train.classes)
-    classifier.to(device)
-    if cfg.eval_only and "classes" not in state:
+    make = {"images": images_task, "letters": letters_task, "sounds": sounds_task}[cfg.goal]
+    task = make(cfg, replace(cfg, init=str(stored)) if resuming else cfg, rank, world, device, autocast, accumulation, bad)
+    if cfg.eval_only and "classes" not in task.state:
         raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
+    folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
 
     # ---- optimiser: a layer learns layer_decay times as fast as the one above it (Bao et al. 2021)
-    groups = {}  # of the model alone, so that a resumed run may have other values
-    for name, p in classifier.named_parameters():
-        layer = layer_of(name, len(classifier.encoder.blocks))
-        decays = p.ndim > 1 and not name.endswith(("table", "learned"))
-        groups.setdefault((layer, decays), []).append(p)
+    groups, top = {}, len(model.encoder.blocks) + 1  # of the model alone, so that a resumed run may have other values
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim > 1 and not name.endswith(("table", "learned"))
+            groups.setdefault((layer_of(name, top - 1), decays, name.startswith("encoder.")), []).append(p)
     values = [
-        {"scale": cfg.layer_decay ** (len(classifier.encoder.blocks) + 1 - layer), "weight_decay": decays * cfg.weight_decay}
-        for layer, decays in groups
+        {
+            "scale": cfg.layer_decay ** (top - layer) if inside or not cfg.head_lr else cfg.head_lr / cfg.lr,
+            "weight_decay": decays * cfg.weight_decay,
+        }
+        for layer, decays, inside in groups
     ]
-    optimizer = torch.optim.AdamW([{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, fused=True)
-
-    # ---- the run's folder, and what is already there
-    folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
-    step, best, row, bad, named = 0, {"top1": -1.0}, {"seconds": 0.0}, set(), set()
+    optimizer = torch.optim.AdamW(
+        [{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True
+    )
+    step, best, row, state = 0, {}, {"seconds": 0.0}, task.state
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
     if resuming:
-        grid = convert.patch_grid(state["config"])
-        convert.load_into(classifier, state["student"], stored, grid, grid)  # strictly: this image size, these classes
+        convert.load_into(model, state["student"], stored)  # strictly: this image size, these classes
         try:
             optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -166,76 +256,46 @@ def main():
         for group, value in zip(optimizer.param_groups, values):
             group |= value  # this command's layer_decay and weight_decay, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
-        step, best, row, bad = state["step"], state["best"], state["row"], set(state["bad"])
+        step, best, row = state["step"], state["best"], state["row"]
+        bad |= set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
-    if cfg.compile:
-        classifier.encoder.compile()
-    ddp = DistributedDataParallel(classifier) if world > 1 else classifier
-
-    def augment(img, rng):
-        img = images.flip(images.random_resized_crop(img, size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng), rng)
-        if cfg.rand_augment:
-            return images.rand_augment(img, 2, cfg.rand_augment, 0.5, rng)
-        return images.color_jitter(img, cfg.jitter, rng)
-
-    def load(views, keys):
-        return DataLoader(views, batch_sampler=keys, collate_fn=images.collate, num_workers=cfg.workers,
-                          pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
-
-    def evaluate() -> dict[str, float]:
-        """top1 (and top5 from 10 classes up) on val/; every image is counted once, whatever the number of processes."""
-        mine = range(rank, len(val), world)
-        keys = [[(0, i) for i in mine[at : at + 250]] for at in range(0, len(mine), 250)]
-        counts = torch.zeros(3, device=device, dtype=torch.float64)  # images, right at first, right among five
-        classifier.eval()
-        for view, _, labels, broken in load(images.Views(val, lambda img, rng: images.center_crop(img, size), 0, replace=False), keys):  # fmt: skip
-            bad.update(broken)
-            if not len(view):
-                continue
-            with torch.no_grad(), autocast:
-                logits = classifier(images.normalise(view.to(device)))
-            hit = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
-            counts += torch.stack([torch.tensor(len(hit), device=device), hit[:, 0].sum(), hit.sum()])
-        classifier.train()
-        if world > 1:
-            dist.all_reduce(counts)
-        n, first, five = counts.tolist()
-        if not n:
-            raise BadInput(f"{cfg.data}: no picture of val/ could be decoded, for instance {next(iter(bad))}; check the folder")
-        return {"top1": first / n} | ({"top5": five / n} if len(train.classes) >= 10 else {})
+    if cfg.compile and cfg.goal == "images":
+        model.encoder.compile()
+    elif cfg.compile:
+        model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
+    ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal != "images") if world > 1 else model
 
     if cfg.eval_only:
-        scores = evaluate()
+        scores = task.evaluate()
         if rank == 0:
             common.save(folder / "results.json", scores | {"peak_memory_gb": common.peak_memory_gb(device)})
-            print(", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            print(show(scores))
         return
 
     # ---- the loop
-    keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
-    batches = iter(load(images.Views(train, augment, cfg.seed), keys))
-    batches = itertools.chain([next(batches, None)], batches)  # if no picture can be read, say so before the bar
+    batches = task.batches(step)
+    batches = itertools.chain([next(batches, None)], batches)  # if nothing can be read, say so before the bar
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    started, mark, mark_step = time.time() - row["seconds"], time.time(), step
+    started, mark, seen = time.time() - row["seconds"], time.time(), 0
     while step < cfg.steps:
         step += 1
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+        model.frozen = step <= cfg.freeze_steps and cfg.init != "none"
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        weights, examples = zip(*(task.weigh(batch) for batch in micro_batches))
+        whole, seen = torch.tensor(sum(weights), device=device, dtype=torch.float32), seen + sum(examples) * world
+        if world > 1:
+            dist.all_reduce(whole)
         loss = torch.zeros((), device=device)
-        for i in range(accumulation):
-            view, _, labels, broken = next(batches)
-            bad.update(broken)
+        for i, batch in enumerate(micro_batches):
             rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])
-            x, y = images.normalise(view.to(device)), F.one_hot(labels.to(device), len(train.classes)).float()
-            x, y = mix(erase(x, cfg.erasing, rng), y, cfg, rng)
             with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
-                with autocast:
-                    logits = ddp(x)
-                share = F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing) / accumulation
-                share.backward()
+                share = task.loss(ddp, batch, rng) / whole
+                (share * world).backward()  # DDP takes the mean over processes; this makes it their sum
             loss += share.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), cfg.clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -245,22 +305,21 @@ def main():
         if not (probe_now or save_now or step == 1 or step % cfg.log_every == 0):
             continue
         if world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-            loss = loss if device.type == "cuda" else loss / world
+            dist.all_reduce(loss)
         row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(), "seconds": time.time() - started}
-        row["samples_per_s"] = (step - mark_step) * cfg.global_batch / (time.time() - mark)
-        bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))
+        row["samples_per_s"] = seen / (time.time() - mark)
+        bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} ".format(**row) + f"{task.examples.split()[1]}/s")
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             bar.close()
             raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
-        saved = {"student": classifier.state_dict(), "teacher": None, "config": state["config"], "classes": train.classes, "finetune": asdict(cfg)}
+        saved = {"student": model.state_dict(), "teacher": None, "config": state["config"], "classes": task.classes, "goal": cfg.goal, "finetune": asdict(cfg)}  # fmt: skip
         if probe_now:
-            row |= (scores := evaluate())
-            if scores["top1"] > best["top1"]:
+            row |= (scores := task.evaluate())
+            if better(scores, best, task):
                 best = scores | {"best_step": step}
                 if rank == 0:
                     common.save(folder / "best.pt", saved | {"step": step})
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items())) if rank == 0 else None
+            bar.write(f"step {step}: {show(scores)}") if rank == 0 else None
         if rank == 0:
             print(json.dumps(row), file=metrics)
             for line in sorted(bad - named):
@@ -273,25 +332,104 @@ def main():
                     "optimizer": optimizer.state_dict(), "step": step, "rng": rng_states, "best": best, "row": row,
                     "bad": sorted(bad),
                 })  # fmt: skip
-        mark, mark_step = time.time(), step
+        mark, seen = time.time(), 0
     bar.close()
-    if "top1" not in row:  # resumed at its last step
-        row |= (scores := evaluate())
-        best = max(best, scores | {"best_step": step}, key=lambda scores: scores["top1"])
+    if task.metric not in row:  # resumed at its last step
+        row |= (scores := task.evaluate())
+        best = scores | {"best_step": step} if better(scores, best, task) else best
 
     bad = set().union(*common.gather(bad))
     if rank == 0:
         for line in sorted(bad - named):  # met by other processes
             print(f"skipped {line}")
-        last = {k: row[k] for k in ("top1", "top5") if k in row}
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
-        results |= last | {f"best_{k}": v for k, v in best.items() if k != "best_step"} | {"best_step": best["best_step"]}
-        common.save(folder / "results.json", results | {"images": len(train), "skipped_files": len(bad)})
-        print(f"{len(train)} labelled images, {cfg.steps} steps in {row['seconds']:.0f} s: top1 {row['top1']:.4f} at the end, "
-              f"{best['top1']:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
+        results |= {k: row[k] for k in best if k != "best_step"} | {f"best_{k}": v for k, v in best.items() if k != "best_step"}
+        count, unit = task.examples.split()
+        common.save(folder / "results.json", results | {"best_step": best["best_step"], unit: int(count), "skipped_files": len(bad)})
+        print(f"{count} labelled {unit}, {cfg.steps} steps in {row['seconds']:.0f} s: {task.metric} {row[task.metric]:.4f} at the end, "
+              f"{best[task.metric]:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
 
 
-# ---- model and data ------------------------------------------------------------------------------------------------
+def better(scores: dict, best: dict, task: Task) -> bool:
+    return not best or (scores[task.metric] < best[task.metric] if task.lower else scores[task.metric] > best[task.metric])
+
+
+def show(scores: dict) -> str:
+    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for the embedding, 1 .. depth for the blocks, depth + 1 for the head and the shared position table."""
+    if name.startswith("encoder.blocks."):
+        return 1 + int(name.split(".")[2])
+    return 0 if name.startswith("encoder.") and not name.endswith("table") else depth + 1
+
+
+# ---- images: classes -------------------------------------------------------------------------------------------------
+
+
+def images_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
+    """Top-1 (and top-5 from 10 classes up); a subset of train/ by label_fraction, the same for every run of a seed."""
+    train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
+    if len(train.classes) < 2:
+        raise BadInput(f"{cfg.data}: only one class in train/; fine-tuning needs at least two folders of classes")
+    for part in (train, val):
+        if -1 in part.labels:
+            name = part.names[part.labels.index(-1)]
+            raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
+    train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
+    classifier, state, size = build(start, train.classes)
+    classifier.to(device)
+
+    def augment(img, rng):
+        img = images.flip(images.random_resized_crop(img, size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng), rng)
+        if cfg.rand_augment:
+            return images.rand_augment(img, 2, cfg.rand_augment, 0.5, rng)
+        return images.color_jitter(img, cfg.jitter, rng)
+
+    def load(views, keys):
+        return DataLoader(views, batch_sampler=keys, collate_fn=images.collate, num_workers=cfg.workers,
+                          pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
+
+    def batches(step):
+        keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
+        return iter(load(images.Views(train, augment, cfg.seed), keys))
+
+    def weigh(batch):
+        return len(batch[0]), len(batch[0])
+
+    def loss(network, batch, rng):
+        view, _, labels, broken = batch
+        bad.update(broken)
+        x, y = images.normalise(view.to(device)), F.one_hot(labels.to(device), len(train.classes)).float()
+        x, y = mix(erase(x, cfg.erasing, rng), y, cfg, rng)
+        with autocast:
+            logits = network(x)
+        return F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate():
+        mine = range(rank, len(val), world)
+        keys = [[(0, i) for i in mine[at : at + 250]] for at in range(0, len(mine), 250)]
+        counts = torch.zeros(3, device=device, dtype=torch.float64)  # images, right at first, right among five
+        classifier.eval()
+        for view, _, labels, broken in load(images.Views(val, lambda img, rng: images.center_crop(img, size), 0, replace=False), keys):  # fmt: skip
+            bad.update(broken)
+            if not len(view):
+                continue
+            with autocast:
+                logits = classifier(images.normalise(view.to(device)))
+            hit = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
+            counts += torch.stack([torch.tensor(len(hit), device=device), hit[:, 0].sum(), hit.sum()])
+        classifier.train()
+        if world > 1:
+            dist.all_reduce(counts)
+        n, first, five = counts.tolist()
+        if not n:
+            raise BadInput(f"{cfg.data}: no picture of val/ could be decoded, for instance {next(iter(bad))}; check the folder")
+        return {"top1": first / n} | ({"top5": five / n} if len(train.classes) >= 10 else {})
+
+    return Task(classifier, state, train.classes, f"{len(train)} images", "top1", False, batches, weigh, loss, evaluate)
 
 
 def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, dict, tuple[int, int]]:
@@ -300,10 +438,11 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
     A fine-tuned file keeps its head when its classes are those of the data; classes=None asks for just such a file.
     """
     if cfg.init == "none":
-        preset = train_vision.PRESETS.get(cfg.preset, {})
-        state = {"config": asdict(train_vision.Config(**preset))}
+        state = {"config": asdict(train_vision.Config(**preset_of(cfg, train_vision)))}
     else:
         state = convert.read(cfg.init)
+        if "patch" not in state["config"]:
+            raise BadInput(f"--init {cfg.init}: not a model of images; --preset {cfg.preset} is for images")
     arch = asdict(train_vision.Config()) | state["config"]
     old = (arch["image_size"], arch["image_width"] or arch["image_size"])
     size = (cfg.image_size, cfg.image_size) if cfg.image_size else old
@@ -345,16 +484,6 @@ def label_subset(labels: list[int], fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def layer_of(name: str, depth: int) -> int:
-    """0 for the embedding, 1 .. depth for the blocks, depth + 1 for the head and the shared position table."""
-    if name.startswith("encoder.blocks."):
-        return 1 + int(name.split(".")[2])
-    return 0 if name.startswith("encoder.") and not name.endswith("table") else depth + 1
-
-
-# ---- regularisers of a batch ------------------------------------------------------------------------------------------
-
-
 def erase(x: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
     """Random erasing (Zhong et al. 2020): noise in a rectangle of 2 to 33 % of a picture. x: (B, 3, H, W) normalised."""
     height, width = x.shape[-2:]
@@ -389,29 +518,239 @@ def mix(x: torch.Tensor, y: torch.Tensor, cfg: Config, rng: np.random.Generator)
     return x, keep * y + (1 - keep) * y.flip(0)
 
 
+# ---- recordings: letters by CTC, sound events ---------------------------------------------------------------------------
+
+
+def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogniser, dict]:
+    """The speech encoder with the weights of --init under a head -> recogniser, what the file says (config, classes).
+
+    A fine-tuned file keeps its head when its classes are `classes`; None asks for just such a file.
+    """
+    if cfg.init == "none":
+        state = {"config": asdict(train_speech.Config(**preset_of(cfg, train_speech)))}
+    else:
+        state = convert.read(cfg.init)
+        if "channels" not in state["config"]:
+            raise BadInput(f"--init {cfg.init}: not a model of recordings; --preset {cfg.preset} is for recordings")
+    tuned = state.get("classes")
+    if classes is None and tuned is None:
+        raise BadInput(f"--init {cfg.init}: a pre-trained encoder without a head cannot predict; fine-tune it first, then give best.pt")
+    if cfg.eval_only and classes is not None and tuned is not None and classes != tuned:
+        raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned))[:4]}")
+    arch = asdict(train_speech.Config()) | state["config"]
+    regularisers = {name: getattr(cfg, name) for name in ("dropout", "attn_dropout", "ffn_dropout", "layer_drop")}
+    arch = {f.name: arch[f.name] for f in fields(train_speech.Config)}
+    recogniser = Recogniser(train_speech.build(train_speech.Config(**arch | regularisers)).encoder, len(classes or tuned), cfg.head_dropout)
+    if cfg.init != "none":
+        weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
+        if weights is None:
+            raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
+        if tuned is None or classes not in (None, tuned):  # only the encoder serves
+            weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
+            weights |= {k: v for k, v in recogniser.state_dict().items() if not k.startswith("encoder.")}
+        convert.load_into(recogniser, weights, cfg.init)
+    state["config"] = arch
+    return recogniser, state
+
+
+def hidden(cfg: Config, recogniser: Recogniser, samples: torch.Tensor, rng: np.random.Generator) -> tuple:
+    """Frames (B, T) to hide and channels (B, D) to silence in training, each bool or None, from samples (B,)."""
+    frames = recogniser.encoder.embed.frames(samples.cpu()).numpy()
+    dim = np.full(len(frames), recogniser.encoder.dim)
+    return (
+        span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False).to(samples.device) if cfg.mask_p else None,
+        span_mask(dim, cfg.channel_p, min(cfg.channel_span, dim[0]), rng, equal=False).to(samples.device) if cfg.channel_p else None,
+    )
+
+
+def speech_batches(cfg: Config, utterances, device, accumulation, world, rank, step) -> Iterator:
+    """This process's micro-batches after `step`, padded: at most max_samples, similar lengths together."""
+    longest = round(cfg.max_seconds * audio.RATE)
+    keys = audio.batches(utterances.lengths, cfg.max_samples, longest, cfg.seed, step, cfg.steps, accumulation * world, world, rank)
+    return iter(DataLoader(audio.Batches(utterances, cfg.seed, longest, pad=True), batch_size=None, sampler=keys,
+                           num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))  # fmt: skip
+
+
+@torch.no_grad()
+def outputs(cfg: Config, recogniser: Recogniser, utterances, device, autocast, rank, world, bad) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of each utterance of this process's share, short ones first: its index and its logits (T, classes) float32."""
+    longest = round(cfg.max_seconds * audio.RATE)
+    lots = audio.epoch_batches(utterances.lengths, cfg.max_samples, 0, 0, longest, sort=True)[rank::world]
+    recogniser.eval()
+    batches = DataLoader(audio.Batches(utterances, 0, longest, pad=True), batch_size=None, num_workers=cfg.workers,
+                         sampler=[(0, i, tuple(lot.tolist())) for i, lot in enumerate(lots)], generator=torch.Generator())  # fmt: skip
+    for lot, batch in zip(lots, batches):
+        bad.update(batch["bad"])
+        with autocast:
+            logits, frames = recogniser(batch["source"].to(device), batch["lengths"].to(device))
+        for asked, got, row, n in zip(lot.tolist(), batch["indices"].tolist(), logits.float(), frames.tolist()):
+            if asked == got:  # else it could not be read, and another stands in its place
+                yield got, row[:n]
+    recogniser.train()
+
+
+def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
+    """Word and character error rates of letters read off every frame, trained by CTC (Graves et al. 2006)."""
+    if cfg.data:
+        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, show=rank == 0)
+    else:
+        train, valid = audio.made_speech()
+    bad |= {*train.bad, *valid.bad}
+    tuned = convert.read(start.init) if start.init != "none" else {}
+    dictionary = tuned["classes"] if tuned.get("goal") == "letters" else letters.LETTERS
+    recogniser, state = build_speech(start, dictionary)
+    recogniser.to(device)
+    if cfg.freeze_convs and cfg.init != "none":
+        recogniser.encoder.embed.content["convs"].requires_grad_(False)
+        recogniser.encoder.embed.content["norms"].requires_grad_(False)
+
+    def transcribed(utterances):  # those that the dictionary can spell, and that fit
+        kept, texts = [], []
+        for i, text in enumerate(utterances.transcripts):
+            said, unknown = letters.clean(text, dictionary)
+            if not said or unknown or utterances.lengths[i] > cfg.max_seconds * audio.RATE:
+                why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
+                bad.add(f"{utterances.names[i]}: {why}")
+            else:
+                kept.append(i)
+                texts.append(said)
+        if not kept:
+            raise BadInput(f"{cfg.data or 'made speech'}: no utterance with a transcript that can be used, for instance {min(bad)}")
+        part = utterances.part(kept)
+        part.transcripts = texts
+        return part
+
+    train, valid = transcribed(train), transcribed(valid)
+    order = np.random.default_rng([cfg.seed, 10]).permutation(len(train))
+    train = train.part(np.sort(order[: max(1, round(cfg.label_fraction * len(train)))]))
+    targets = [letters.encode(text, dictionary) for text in train.transcripts]
+    lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
+
+    def batches(step):
+        return speech_batches(cfg, train, device, accumulation, world, rank, step)
+
+    def weigh(batch):
+        return sum(len(targets[i]) for i in batch["indices"].tolist()), len(batch["indices"])
+
+    def loss(network, batch, rng):
+        bad.update(batch["bad"])
+        samples, said = batch["lengths"].to(device), [targets[i] for i in batch["indices"].tolist()]
+        with autocast:
+            logits, frames = network(batch["source"].to(device), samples, *hidden(cfg, recogniser, samples, rng))
+        goal = torch.tensor([i for text in said for i in text], device=device)
+        lengths = torch.tensor([len(text) for text in said], device=device)
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (T, B, letters)
+        return F.ctc_loss(log_probs, goal, frames, lengths, reduction="sum", zero_infinity=True)  # inf: too short to say it
+
+    def evaluate():
+        words, spelt = [], []
+        for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad):
+            log_probs = logits.log_softmax(-1)
+            if cfg.beam:
+                found = letters.decode_beam(log_probs, dictionary, cfg.beam, lm, cfg.lm_weight, cfg.word_score)
+                guess = found[0][0]
+            else:
+                guess, _ = letters.decode_greedy(log_probs, dictionary)
+            words.append((valid.transcripts[i], guess))
+        both = [pair for part in common.gather(words) for pair in part]
+        if not both:
+            raise BadInput(f"{cfg.data}: no held-out utterance could be read, for instance {min(bad)}; check the folder")
+        words, spelt = letters.wer(both), letters.cer(both)
+        counts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions", "words")}
+        return {"wer": words.rate, "cer": spelt.rate} | counts
+
+    return Task(recogniser, state, dictionary, f"{len(train)} utterances", "wer", True, batches, weigh, loss, evaluate)
+
+
+def sounds_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
+    """Mean average precision of sound events, several a clip: sigmoids of every frame, pooled by linear softmax."""
+    classes, train, valid = audio.open_events(cfg.data, cfg.train, cfg.valid, show=rank == 0)
+    bad |= {*train.bad, *valid.bad}
+    order = np.random.default_rng([cfg.seed, 10]).permutation(len(train))
+    train = train.part(np.sort(order[: max(1, round(cfg.label_fraction * len(train)))]))
+    recogniser, state = build_speech(start, classes)
+    recogniser.to(device)
+    if cfg.freeze_convs and cfg.init != "none":
+        recogniser.encoder.embed.content["convs"].requires_grad_(False)
+        recogniser.encoder.embed.content["norms"].requires_grad_(False)
+
+    def truth(utterances, indices):  # (B, classes) float, 1 where the event is in the clip
+        y = torch.zeros(len(indices), len(classes))
+        for row, i in zip(y, indices):
+            row[[classes.index(name) for name in utterances.transcripts[i].split(";")]] = 1
+        return y
+
+    def batches(step):
+        return speech_batches(cfg, train, device, accumulation, world, rank, step)
+
+    def weigh(batch):
+        return len(batch["indices"]), len(batch["indices"])
+
+    def loss(network, batch, rng):
+        bad.update(batch["bad"])
+        x, samples, y = batch["source"], batch["lengths"], truth(train, batch["indices"].tolist())
+        other = torch.from_numpy(rng.permutation(len(x)))
+        keep = torch.from_numpy(np.where(rng.random(len(x)) < cfg.mixup, rng.random(len(x)), 1.0)).float()[:, None]
+        x, y, samples = keep * x + (1 - keep) * x[other], keep * y + (1 - keep) * y[other], samples.maximum(samples[other] * (keep[:, 0] < 1))
+        x, samples = x.to(device), samples.to(device)
+        with autocast:
+            logits, frames = network(x, samples, *hidden(cfg, recogniser, samples, rng))
+        p = linear_softmax(logits, frames).clamp(1e-7, 1 - 1e-7)
+        return F.binary_cross_entropy(p, y.to(device), reduction="sum") / len(classes)
+
+    def evaluate():
+        found = [
+            (linear_softmax(logits[None], torch.tensor([len(logits)], device=device))[0].cpu(), truth(valid, [i])[0])
+            for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad)
+        ]
+        both = [pair for part in common.gather(found) for pair in part]
+        if not both:
+            raise BadInput(f"{cfg.data}: no held-out clip could be read, for instance {min(bad)}; check the folder")
+        return {"map": average_precision(*(torch.stack(column) for column in zip(*both)))}
+
+    return Task(recogniser, state, classes, f"{len(train)} clips", "map", False, batches, weigh, loss, evaluate)
+
+
 # ---- use it --------------------------------------------------------------------------------------------------------------
+
+
+def preset_of(cfg: Config, script) -> dict:
+    """The values of --model, a preset of a pre-training script."""
+    if cfg.model not in script.PRESETS:
+        raise BadInput(f"--model {cfg.model}: no preset of {script.__name__}.py; choose from {', '.join(script.PRESETS)}")
+    return script.PRESETS[cfg.model]
 
 
 @torch.no_grad()
 def predict(cfg: Config, device: torch.device, autocast) -> None:
-    """One line a picture: its path, then up to five classes with their probabilities."""
-    classifier, state, size = build(cfg)
-    classifier.to(device).eval()
+    """One line a file: its path, then up to five classes with their probabilities, or what is said and when."""
+    if cfg.goal == "images":
+        model, state, size = build(cfg)
+    else:
+        model, state = build_speech(cfg)
+    model.to(device).eval()
     readable = 0
     for path in cfg.predict:
         try:
-            picture = images.load_image(path)
-        except images.BadImage as error:
+            if cfg.goal == "images":
+                x = images.normalise(images.to_tensor(images.center_crop(images.load_image(path), size))[None].to(device))
+            else:
+                x = torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
+        except (images.BadImage, audio.BadAudio) as error:
             print(f"{path}: skipped, {error}")
             continue
         readable += 1
-        view = images.normalise(images.to_tensor(images.center_crop(picture, size))[None].to(device))
         with autocast:
-            probabilities = classifier(view).float().softmax(-1)[0]
+            result = model(x)
+        if cfg.goal == "letters":
+            text, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), state["classes"])
+            print(f"{path}: " + " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(text.split(), times)))
+            continue
+        probabilities = result.float().softmax(-1)[0] if cfg.goal == "images" else linear_softmax(*result)[0]
         top = probabilities.topk(min(5, len(probabilities)))
         print(f"{path}: " + ", ".join(f"{state['classes'][i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist())))
     if not readable:
-        raise BadInput("--predict: none of these files is a picture that can be read")
+        raise BadInput(f"--predict: none of these files is a {'picture' if cfg.goal == 'images' else 'recording'} that can be read")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,17 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: 
     return ((x_test @ weight + bias).argmax(1) == y_test).float().mean().item()
 
 
+def average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Mean over classes of the precision at each hit, down the ranking by score; classes without a hit are left out.
+
+    scores (N, C) float, truth (N, C) 1 or 0 -> fraction of 1; clips of equal score count in their order in the data.
+    """
+    hits = truth.gather(0, scores.argsort(0, descending=True, stable=True)) > 0.5
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)[:, None]
+    found = hits.any(0)
+    return ((precision * hits).sum(0) / hits.sum(0).clamp_min(1))[found].mean().item() if found.any() else 0.0
+
+
 @torch.enable_grad()
 def fit_ctc(x: list[Tensor], letters: list[list[int]], classes: int, steps: int = 200, lr: float = 0.05):
     """A linear layer on frozen frames, trained by CTC (Graves et al. 2006; blank 0) with Adam on all utterances at once.

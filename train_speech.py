@@ -66,6 +66,7 @@ class Config:
     pos_groups: int = option(16, "groups of the position convolutions; dim must be a multiple")
     dropout: float = option(0.0, "dropout of the student's embedding and of both branches")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
+    ffn_dropout: float = option(0.0, "dropout inside the student's FFNs")
     layer_drop: float = option(0.0, "probability that the student skips a layer")
     deep_norm: bool = option(False, "DeepNorm: larger residuals, smaller initial weights (the paper's AudioSet model)")
     # data2vec
@@ -145,7 +146,7 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 1, math.inf, "steps global_batch log_every probe_utterances eval_utterances channels dim depth heads ffn pos_depth pos_width pos_groups mask_span top_k")  # fmt: skip
     common.check_range(cfg, 0, math.inf, "seed workers save_every probe_every min_seconds tau_n window beta lr weight_decay clip")
     common.check_range(cfg, 0, 1, "tau_0 tau_e warmup decay final_scale")
-    common.check_range(cfg, 0, 0.9999, "dropout attn_dropout layer_drop beta2")
+    common.check_range(cfg, 0, 0.9999, "dropout attn_dropout ffn_dropout layer_drop beta2")
     common.check_range(cfg, 1e-9, 1, "mask_p")
     common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
     common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
@@ -167,7 +168,7 @@ def build(cfg: Config) -> Student:
     encoder = speech_encoder(
         dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn, convs=tuple((cfg.channels, k, s) for _, k, s in CONVS),
         kernel=max(3, cfg.pos_width // cfg.pos_depth), pos_depth=cfg.pos_depth, groups=cfg.pos_groups, dropout=cfg.dropout,
-        attn_dropout=cfg.attn_dropout, layer_drop=cfg.layer_drop, target=cfg.target, deep_norm=cfg.deep_norm,
+        attn_dropout=cfg.attn_dropout, ffn_dropout=cfg.ffn_dropout, layer_drop=cfg.layer_drop, target=cfg.target, deep_norm=cfg.deep_norm,
     )  # fmt: skip
     return Student(encoder, regression_head(cfg.dim))
 
@@ -292,6 +293,7 @@ def main():
         row["audio_s_per_s"] /= audio.RATE * (time.time() - mark)
         bar.set_postfix_str("loss {loss:.3f}, std y {target_std:.2f} f {pred_std:.2f}, masked {masked:.2f}, tau {tau:.4f}, lr {lr:.1e}, {audio_s_per_s:.0f} s audio/s".format(**row))  # fmt: skip
         if sick := unhealthy(row, cfg):
+            bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
             if probe_now:
