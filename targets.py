@@ -145,7 +145,7 @@ def average_precision(scores: Tensor, truth: Tensor) -> float:
 
     scores (N, C) float, truth (N, C) 1 or 0 -> fraction of 1; clips of equal score count in their order in the data.
     """
-    hits = truth.gather(0, scores.argsort(0, descending=True, stable=True)) > 0.5
+    hits = truth.gather(0, scores.argsort(dim=0, descending=True, stable=True)) > 0.5
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)[:, None]
     found = hits.any(0)
     return ((precision * hits).sum(0) / hits.sum(0).clamp_min(1))[found].mean().item() if found.any() else 0.0

@@ -7,6 +7,7 @@ The walk: file -> Utterances.load (16 kHz, mono, normalised as a whole) -> windo
 A batch is a pure function of (seed, epoch, its utterances), so workers, ranks and restarts cannot change it.
 """
 import argparse
+import csv
 import gzip
 import hashlib
 import itertools
@@ -133,8 +134,8 @@ def normalise(x):
 
 class Utterances:
     """Recordings. names: paths, or what made speech is called; lengths: (n,) int64, samples at 16 kHz; transcripts: upper
-    case words or ""; speakers: names or ""; waves: list of (N,) arrays, for made speech. bad: "path: reason" of files that
-    the scan refused."""
+    case words or "", or sound events, joined by ";"; speakers: names or ""; waves: list of (N,) arrays, for made speech.
+    bad: "path: reason" of files that the scan refused."""
 
     def __init__(self, names, lengths, transcripts, speakers, waves=None, bad=()):
         self.names, self.transcripts, self.speakers, self.waves = names, transcripts, speakers, waves
@@ -240,7 +241,7 @@ def read_folder(folder, show):
             stem, _, text = line.strip().partition(" ")
             words[os.path.dirname(path), stem] = anywhere[stem] = " ".join(text.upper().split())
     lengths, bad = scan(folder, sorted(set(paths) - set(texts)), show)
-    paths = list(lengths)
+    bad, paths = [f"{path}: {why}" for path, why in bad.items()], list(lengths)
     places = [(os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]) for path in paths]
     count = Counter(stem for _, stem in places)
     transcripts = [words.get((at, stem), anywhere.get(stem, "") if count[stem] == 1 else "") for at, stem in places]
@@ -321,8 +322,68 @@ def read_manifest(stem):
     return [os.path.join(folder, path) for path in paths], lengths, transcripts, [speaker_of(path) for path in paths]
 
 
+def open_events(root, train=(), valid=(), show=True):
+    """-> (classes, train, valid): clips with sound events, several a clip (AudioSet); transcripts holds "event;event".
+
+    root/classes.txt names the classes, one a line. root/train.csv and root/valid.csv, else eval.csv (or the files named, with
+    or without .csv), have a line `path,event;event` for each clip, the path seen from root, quoted where it holds a comma;
+    a first line `path,labels` is passed over. Clips of valid are never in train, unless both are the same files.
+    Raises BadInput; a clip that is not there or cannot be opened is only named in `bad`, if there are others.
+    """
+    if not os.path.isfile(place := os.path.join(root, "classes.txt")):
+        raise BadInput(f"{place}: no such file; write the names of the classes into it, one a line")
+    known = {}
+    for number, line in enumerate(read_lines(place), 1):
+        if (name := line.strip()) in known or ";" in name:
+            wrong = f"{name!r} stands on line {known[name]}, too" if name in known else f"{name!r} holds a ;, which separates events"
+            raise BadInput(f"{place} line {number}: {wrong}; mend the list")
+        if name:
+            known[name] = number
+    named = list(train) or ["train"], list(valid) or ["valid" if os.path.isfile(os.path.join(root, "valid.csv")) else "eval"]
+    tables = [[os.path.join(root, name.removesuffix(".csv") + ".csv") for name in names] for names in named]
+    one, two = ({path: events for table in part for path, events in read_events(root, table, known).items()} for part in tables)
+    one = {path: events for path, events in one.items() if path not in two or tables[0] == tables[1]}
+    lengths, bad = scan(root, sorted(one | two), show)
+    bad |= {path: f"too short: {n} samples of at least {MIN_SAMPLES}" for path, n in lengths.items() if n < MIN_SAMPLES}
+    sets = []
+    for part, clips in zip(tables, (one, two)):
+        names, lost = [path for path in clips if path not in bad], [f"{path}: {bad[path]}" for path in clips if path in bad]
+        if not names:
+            some = f"none of its clips can be used ({lost[0]})" if lost else "no clips of its own"
+            raise BadInput(f"{part[0]}: {some}; the paths in it are seen from {root}")
+        events = [clips[path] for path in names]
+        sets.append(Utterances(names, [lengths[path] for path in names], events, [""] * len(names), bad=lost))
+    return list(known), *sets
+
+
+def read_events(root, table, known):
+    """-> {path: "event;event"} of a CSV file with lines `path,event;event`, events all `known`. Raises BadInput."""
+    if not os.path.isfile(table):
+        raise BadInput(f"{table}: no such file; write a line PATH,EVENT;EVENT into it for each clip, or name another")
+    clips, rows = {}, csv.reader(read_lines(table), strict=True)
+    try:
+        for row in rows:
+            path, labels = (value.strip() for value in row) if len(row) == 2 else ("", "")
+            if not row or not clips and (path, labels) == ("path", "labels"):
+                continue
+            events = [event.strip() for event in labels.split(";") if event.strip()]
+            wrong = [f"{event!r} is not in classes.txt; add it there, or mend the line" for event in events if event not in known]
+            if not path or not events:
+                wrong = ["not PATH,EVENT;EVENT with one event or more; mend the line, with quotes around what holds a comma"]
+            elif os.path.join(root, path) in clips:
+                wrong = [f"{path} has a line already; write all its events on one"]
+            elif os.path.isabs(path):
+                wrong = [f"{path} is not seen from {root}; write the path from there on"]
+            if wrong:
+                raise BadInput(f"{table} line {rows.line_num}: {wrong[0]}")
+            clips[os.path.join(root, path)] = ";".join(dict.fromkeys(events))
+    except csv.Error as e:
+        raise BadInput(f"{table} line {rows.line_num}: not CSV ({e}); mend the line") from None
+    return clips
+
+
 def scan(folder, paths, show):
-    """-> {path: samples at 16 kHz}, ["path: reason" of what cannot be opened]. Each file is opened once, ever.
+    """-> {path: samples at 16 kHz}, {path: reason} of what cannot be opened. Each file is opened once, ever.
 
     What was found is kept in the folder or, if that is read-only, in the user's cache: relative path -> size, mtime,
     frames, rate. Ranks may scan at the same time: each writes the whole under a name of its own, then renames.
@@ -335,12 +396,12 @@ def scan(folder, paths, show):
                 known.update(json.load(file))
         except (OSError, ValueError, TypeError, RecursionError):          # absent or damaged: the files know better
             pass
-    found, bad, todo = {}, [], []
+    found, bad, todo = {}, {}, []
     for path in paths:
         try:
             stat = os.stat(path)
         except OSError as e:                                              # a link to nothing
-            bad.append(f"{path}: {e.strerror}")
+            bad[path] = e.strerror
             continue
         key, stamp = below(folder, path), [stat.st_size, stat.st_mtime_ns]
         entry = known.get(key)
@@ -353,9 +414,9 @@ def scan(folder, paths, show):
             info = soundfile.info(path)
             found[key] = [*stamp, usable_frames(info), info.samplerate]
         except BadAudio as e:
-            bad.append(f"{path}: {e}")
+            bad[path] = str(e)
         except DECODING_ERRORS as e:
-            bad.append(f"{path}: {reason(path, e)}")
+            bad[path] = reason(path, e)
     if found != known:
         any(write_cache(place, found) for place in places)                # the first that can be written
     keys = ((path, below(folder, path)) for path in paths)

@@ -439,6 +439,82 @@ def test_open_folder_bad_input(tmp_path):
         A.open_folder(tmp_path / "two", min_seconds=2, show=False)
 
 
+# -------------------------------------------------------------------------------------------------------- sound events
+
+def events(root, **files):
+    """root with these CSV files (and classes.txt) beside the clips 1000.wav .. 1004.wav, of so many samples, in clips/."""
+    for i in range(5):
+        write(root / f"clips/{1000 + i}.wav", wave(1000 + i))
+    (root / "classes.txt").write_text(files.pop("classes", "Dog\n\nCat\nCar, passing by\n"))
+    for name, text in files.items():
+        (root / f"{name}.csv").write_text(text)
+    return root
+
+
+def test_events(tmp_path):
+    root = events(
+        tmp_path, train='path,labels\r\nclips/1000.wav, Dog\r\n\r\n"clips/1001.wav","Car, passing by; Cat;Cat"\r\n',
+        valid="clips/1003.wav,Cat\nclips/1002.wav,Dog;Cat;\n", eval="clips/1004.wav,Dog",
+    )
+    classes, train, valid = A.open_events(root, show=False)
+    assert classes == ["Dog", "Cat", "Car, passing by"]
+    assert train.names == [f"{root}/clips/1000.wav", f"{root}/clips/1001.wav"] and train.transcripts == ["Dog", "Car, passing by;Cat"]
+    assert valid.lengths.tolist() == [1003, 1002] and valid.transcripts == ["Cat", "Dog;Cat"] and train.bad == valid.bad == []
+    assert len(train.load(0)) == 1000 and train.speakers == ["", ""]
+    assert A.open_events(root, ["valid.csv", "train"], ["eval"], show=False)[1].lengths.tolist() == [1003, 1002, 1000, 1001]
+    (root / "valid.csv").unlink()
+    assert A.open_events(root, show=False)[2].lengths.tolist() == [1004], "eval.csv"
+    assert set(json.loads((root / A.CACHE).read_text())) == {f"clips/{n}.wav" for n in (1000, 1001, 1004)}
+
+
+def test_events_of_valid_are_not_in_train(tmp_path):
+    root = events(tmp_path, train="clips/1000.wav,Dog\nclips/1001.wav,Cat\n", valid="clips/1001.wav,Cat\n")
+    _, train, valid = A.open_events(root, show=False)
+    assert (train.lengths.tolist(), valid.lengths.tolist()) == ([1000], [1001])
+    assert [s.lengths.tolist() for s in A.open_events(root, ["train"], ["train"], show=False)[1:]] == [[1000, 1001]] * 2
+
+
+def test_clips_that_are_not_there_are_named(tmp_path):
+    root = events(tmp_path, train="clips/1000.wav,Dog\ngone.wav,Cat\nbad.wav,Cat\nshort.wav,Dog\n", valid="clips/1001.wav,Cat\nlost.wav,Dog\n")
+    (root / "bad.wav").write_text("no audio")
+    write(root / "short.wav", wave(399))
+    for _ in range(2):                                           # the second time from the cache
+        _, train, valid = A.open_events(root, show=False)
+        assert train.lengths.tolist() == [1000] and valid.lengths.tolist() == [1001]
+        assert [line.split(": ")[0] for line in train.bad] == [f"{root}/{name}" for name in ("gone.wav", "bad.wav", "short.wav")]
+        assert valid.bad == [f"{root}/lost.wav: No such file or directory"]
+
+
+@pytest.mark.parametrize("where, files", [
+    ("classes.txt line 3: 'Cat' ", dict(classes="Dog\nCat\nCat\n")),
+    ("classes.txt line 2: 'a;b' ", dict(classes="Dog\na;b\n")),
+    ("train.csv line 2: 'Cow' ", dict(train="clips/1000.wav,Dog\nclips/1001.wav,Cat;Cow\n")),
+    ("train.csv line 3: ", dict(train="path,labels\nclips/1000.wav,Dog\nclips/1001.wav\n")),
+    ("train.csv line 1: ", dict(train="clips/1000.wav, ;\n")),
+    ("train.csv line 1: ", dict(train="clips/1000.wav,Car, passing by\n")),
+    ("train.csv line 2: ", dict(train="clips/1000.wav,Dog\nclips/1000.wav,Cat\n")),
+    ("train.csv line 1: /abs/1.wav", dict(train="/abs/1.wav,Dog\n")),
+    ("train.csv line 1: not CSV", dict(train='"clips/1000.wav"x,Dog\n')),
+    ("train.csv: ", dict(train="")),
+    ("valid.csv: ", dict(valid="gone.wav,Dog\nlost.wav,Dog\n")),
+    ("valid.csv: ", dict(train="clips/1000.wav,Dog\n", valid="path,labels\n")),
+])  # fmt: skip
+def test_events_bad_input(tmp_path, where, files):
+    root = events(tmp_path, **dict(train="clips/1000.wav,Dog\n", valid="clips/1001.wav,Dog\n") | files)
+    with pytest.raises(BadInput) as error:
+        A.open_events(root, show=False)
+    assert str(error.value).startswith(f"{root}/{where}") and "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_events_without_their_files(tmp_path):
+    root = events(tmp_path, train="clips/1000.wav,Dog\n")
+    for name, call in (("eval.csv", dict()), ("other.csv", dict(valid=["other"])), ("classes.txt", dict())):
+        with pytest.raises(BadInput, match=f"{name}: no such file; write "):
+            A.open_events(root, show=False, **call)
+        if name == "other.csv":
+            (root / "classes.txt").unlink()
+
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
 LENGTHS = np.random.default_rng(5).integers(1000, 40000, 500)

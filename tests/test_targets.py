@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from targets import explained, feature_std, instance_norm, layer_norm, regression_loss, tau_at, top_k_average
+from targets import average_precision, explained, feature_std, instance_norm, layer_norm, regression_loss, tau_at, top_k_average
 
 NORMS = ("layer", "instance", "none")
 
@@ -188,3 +188,36 @@ def test_explained_is_nan_for_one_picture_which_is_its_own_mean():
         y, mask = draw(1, 64, 128, seed=seed), draw(1, 64, seed=100 + seed) > 0
         value = explained([(y[mask] + 0.01, y, mask)], True)
         assert math.isnan(value), f"seed {seed}: {value}"
+
+
+# ---- sound events ----------------------------------------------------------------------------------------------------
+
+
+def naive_average_precision(scores, truth):
+    values = []
+    for c in range(scores.shape[1]):
+        ranking = sorted(range(len(scores)), key=lambda i: -scores[i, c].item())  # stable
+        hits, precisions = 0, []
+        for rank, i in enumerate(ranking, 1):
+            if truth[i, c]:
+                hits += 1
+                precisions.append(hits / rank)
+        if precisions:
+            values.append(sum(precisions) / hits)
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("levels", [1000, 4])  # of scores: all different, many equal
+def test_average_precision_is_that_of_a_loop(levels):
+    rng = torch.Generator().manual_seed(levels)
+    scores = torch.randint(levels, (50, 7), generator=rng) / levels
+    truth = (torch.rand(50, 7, generator=rng) < torch.linspace(0.02, 0.9, 7)).float()
+    truth[:, 3] = 0  # a class that never occurs does not count
+    assert average_precision(scores, truth) == pytest.approx(naive_average_precision(scores, truth), abs=1e-6)
+
+
+def test_average_precision_of_perfect_and_worst_scores():
+    truth = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 0]])
+    assert average_precision(truth, truth) == 1
+    assert average_precision(-truth, truth) == pytest.approx(((1 / 3 + 2 / 4) / 2 + 1 / 4) / 2)
+    assert average_precision(truth, torch.zeros(4, 2)) == 0
