@@ -12,7 +12,7 @@
       torchrun --nproc_per_node=8 finetune.py --preset audioset --data DIR --init CKPT
     use it: a fine-tuned file knows what it is for
       python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png      # or recordings
-      python finetune.py --init runs/finetune-10h/best.pt --eval_only --data DIR --valid test-other --lm 4-gram.arpa
+      python finetune.py --init runs/finetune-10h/best.pt --eval_only --data DIR --valid test-other --beam 50 --lm LM.arpa
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Config:
     global_batch: int = option(64, "images, or seconds of audio, a step, whatever the number of processes")
     micro_batch: int = option(0, "images: most that a process holds at once; 0: no limit")
     max_samples: int = option(512_000, "recordings: most samples (16,000 a second) that a process holds at once")
-    max_seconds: float = option(30.0, "recordings: longer ones are left out of letters, cropped for sounds")
+    max_seconds: float = option(30.0, "recordings: longer ones are not trained on for letters, and cropped for sounds; evaluation takes them whole")
     seed: int = option(0, "seed of the head, subset, order and augmentation")
     device: str = option("auto", "auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
     dtype: str = option("auto", "autocast; auto is bfloat16 where the hardware has it", ("auto", "float32", "bfloat16"))
@@ -104,7 +104,7 @@ class Config:
     jitter: float = option(0.4, "images: brightness, contrast and saturation change by up to this")
     crop_min: float = option(0.4, "images: smallest area of the random crop, as a share of the image")
     # decoding of letters
-    beam: int = option(0, "letters: hypotheses of the beam search; 0: greedy, the best letter of each frame")
+    beam: int = option(0, "letters: hypotheses of the beam search in an evaluation; 0: greedy, the best letter of each frame, as in --predict")
     lm: str = option("", "letters: n-gram language model for the beam search, an ARPA file (python -m data.letters makes one)")
     lm_weight: float = option(2.0, "letters: weight of the language model's log10 probabilities")
     word_score: float = option(-1.0, "letters: added for each word; a language model alone would prefer few")
@@ -119,7 +119,7 @@ CTC = dict(
     lr=5e-5, layer_decay=1.0, schedule="tri_stage", weight_decay=0.0, beta2=0.98, layer_drop=0.1, ffn_dropout=0.1,
     freeze_steps=10_000, mask_p=0.65, channel_p=0.25,
 )  # fmt: skip
-LARGE = dict(model="large", max_samples=1_280_000)
+LARGE = dict(model="large", max_samples=1_600_000)
 PRESETS = {
     # python finetune.py [--init runs/vision-smoke/ckpt.pt]: made images, 2 CPU cores, see README
     "smoke": dict(),
@@ -131,7 +131,7 @@ PRESETS = {
     "large": IMAGENET | dict(model="large", steps=62_550, lr=5e-3, layer_decay=0.65, drop_path=0.25),
     # python finetune.py --preset speech_smoke [--init runs/speech-smoke/ckpt.pt]: made speech, 2 CPU cores, see README
     "speech_smoke": CTC | dict(
-        model="smoke", steps=200, global_batch=16, max_samples=256_000, workers=0, log_every=10, probe_every=0, save_every=0,
+        model="smoke", steps=200, global_batch=16, max_samples=256_000, max_seconds=4.0, workers=0, log_every=10, probe_every=0, save_every=0,
         lr=1e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, label_fraction=0.1, channel_p=0.0, clip=3.0, freeze_convs=False,
     ),
     # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
@@ -182,14 +182,19 @@ def check(cfg: Config, world: int) -> int:
         raise BadInput(f"--eval_only: writes a results.json of its own, and leaves the run in --out {cfg.out} alone; choose another --out, without --resume")
     if cfg.lm and not cfg.beam:
         raise BadInput(f"--lm {cfg.lm}: only the beam search asks it; add --beam 50 or so")
+    if cfg.head_lr and not cfg.lr:
+        raise BadInput(f"--head_lr {cfg.head_lr}: follows the schedule of --lr, which is 0; freeze the encoder by --freeze_steps instead")
+    training = not (cfg.eval_only or cfg.predict)
     if cfg.goal != "images":
+        common.check_range(cfg, 0, 1, "mixup")
+        common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
         common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
         count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
-        if count % world:
+        if training and count % world:
             raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip
         return count // world
     count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
-    if cfg.global_batch % (world * count):
+    if training and cfg.global_batch % (world * count):
         raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
     return count
 
@@ -213,8 +218,11 @@ class Task:
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
     rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
-    if cfg.init != "none" and (cfg.predict or cfg.eval_only):  # a fine-tuned file knows
-        cfg = replace(cfg, goal=convert.read(cfg.init).get("goal", cfg.goal))
+    if cfg.predict or cfg.eval_only:
+        about = convert.read(cfg.init) if cfg.init != "none" else {}
+        if "classes" not in about:
+            raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so it can name nothing; fine-tune it first, then give best.pt")
+        cfg = replace(cfg, goal=about.get("goal", "images"))
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
@@ -225,9 +233,11 @@ def main():
     resuming = cfg.resume and stored.exists()
     make = {"images": images_task, "letters": letters_task, "sounds": sounds_task}[cfg.goal]
     task = make(cfg, replace(cfg, init=str(stored)) if resuming else cfg, rank, world, device, autocast, accumulation, bad)
-    if cfg.eval_only and "classes" not in task.state:
-        raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so there is nothing to evaluate; fine-tune it first")
     folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
+
+    if cfg.goal != "images" and cfg.freeze_convs and cfg.init != "none":
+        for part in ("convs", "norms"):
+            model.encoder.embed.content[part].requires_grad_(False)
 
     # ---- optimiser: a layer learns layer_decay times as fast as the one above it (Bao et al. 2021)
     groups, top = {}, len(model.encoder.blocks) + 1  # of the model alone, so that a resumed run may have other values
@@ -266,9 +276,11 @@ def main():
     ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal != "images") if world > 1 else model
 
     if cfg.eval_only:
-        scores = task.evaluate()
+        scores, bad = task.evaluate(), set().union(*common.gather(bad))
         if rank == 0:
-            common.save(folder / "results.json", scores | {"peak_memory_gb": common.peak_memory_gb(device)})
+            for line in sorted(bad):
+                print(f"skipped {line}")
+            common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
             print(show(scores))
         return
 
@@ -435,7 +447,7 @@ def images_task(cfg: Config, start: Config, rank, world, device, autocast, accum
 def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, dict, tuple[int, int]]:
     """The classifier with the weights of --init -> classifier, what the file says (config, classes), image size in pixels.
 
-    A fine-tuned file keeps its head when its classes are those of the data; classes=None asks for just such a file.
+    A fine-tuned file keeps its head when its classes are those of the data; None asks for just such a file.
     """
     if cfg.init == "none":
         state = {"config": asdict(train_vision.Config(**preset_of(cfg, train_vision)))}
@@ -456,8 +468,6 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
     tuned = state.get("classes")
     if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
         tuned = state["classes"] = classes  # a released file numbers its classes, in the order of their sorted names
-    if classes is None and tuned is None:
-        raise BadInput(f"--init {cfg.init}: a pre-trained encoder without classes cannot predict; fine-tune it first, then give best.pt")
     classifier = Classifier(encoder, len(classes or tuned))
     if cfg.init != "none":
         weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
@@ -521,10 +531,10 @@ def mix(x: torch.Tensor, y: torch.Tensor, cfg: Config, rng: np.random.Generator)
 # ---- recordings: letters by CTC, sound events ---------------------------------------------------------------------------
 
 
-def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogniser, dict]:
-    """The speech encoder with the weights of --init under a head -> recogniser, what the file says (config, classes).
+def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogniser, dict, list[str]]:
+    """The speech encoder with the weights of --init under a head -> recogniser, what the file says, classes of the outputs.
 
-    A fine-tuned file keeps its head when its classes are `classes`; None asks for just such a file.
+    A fine-tuned file keeps its head, and its order of the classes, when it is for the same; None asks for just such a file.
     """
     if cfg.init == "none":
         state = {"config": asdict(train_speech.Config(**preset_of(cfg, train_speech)))}
@@ -532,35 +542,23 @@ def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogni
         state = convert.read(cfg.init)
         if "channels" not in state["config"]:
             raise BadInput(f"--init {cfg.init}: not a model of recordings; --preset {cfg.preset} is for recordings")
-    tuned = state.get("classes")
-    if classes is None and tuned is None:
-        raise BadInput(f"--init {cfg.init}: a pre-trained encoder without a head cannot predict; fine-tune it first, then give best.pt")
-    if cfg.eval_only and classes is not None and tuned is not None and classes != tuned:
+    tuned = state.get("classes") if state.get("goal") == cfg.goal else None
+    keep = tuned is not None and (classes is None or cfg.goal == "letters" or sorted(classes) == sorted(tuned))
+    if cfg.eval_only and not keep:
         raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned))[:4]}")
-    arch = asdict(train_speech.Config()) | state["config"]
+    classes = tuned if keep else classes
+    arch = asdict(train_speech.Config()) | {k: v for k, v in state["config"].items() if hasattr(train_speech.Config(), k)}
     regularisers = {name: getattr(cfg, name) for name in ("dropout", "attn_dropout", "ffn_dropout", "layer_drop")}
-    arch = {f.name: arch[f.name] for f in fields(train_speech.Config)}
-    recogniser = Recogniser(train_speech.build(train_speech.Config(**arch | regularisers)).encoder, len(classes or tuned), cfg.head_dropout)
+    recogniser = Recogniser(train_speech.build(train_speech.Config(**arch | regularisers)).encoder, len(classes), cfg.head_dropout)
     if cfg.init != "none":
-        weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
+        weights = state["teacher"] if cfg.init_from == "teacher" and "classes" not in state else state["student"]
         if weights is None:
             raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
-        if tuned is None or classes not in (None, tuned):  # only the encoder serves
+        if not keep:  # only the encoder serves
             weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
             weights |= {k: v for k, v in recogniser.state_dict().items() if not k.startswith("encoder.")}
         convert.load_into(recogniser, weights, cfg.init)
-    state["config"] = arch
-    return recogniser, state
-
-
-def hidden(cfg: Config, recogniser: Recogniser, samples: torch.Tensor, rng: np.random.Generator) -> tuple:
-    """Frames (B, T) to hide and channels (B, D) to silence in training, each bool or None, from samples (B,)."""
-    frames = recogniser.encoder.embed.frames(samples.cpu()).numpy()
-    dim = np.full(len(frames), recogniser.encoder.dim)
-    return (
-        span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False).to(samples.device) if cfg.mask_p else None,
-        span_mask(dim, cfg.channel_p, min(cfg.channel_span, dim[0]), rng, equal=False).to(samples.device) if cfg.channel_p else None,
-    )
+    return recogniser, state | {"config": arch}, classes
 
 
 def speech_batches(cfg: Config, utterances, device, accumulation, world, rank, step) -> Iterator:
@@ -571,10 +569,23 @@ def speech_batches(cfg: Config, utterances, device, accumulation, world, rank, s
                            num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))  # fmt: skip
 
 
+def masked_outputs(cfg: Config, network, encoder, x, samples, device, autocast, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    """Waves x (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), under spans of hidden frames and channels."""
+
+    def spans(lengths, p, span):
+        return span_mask(lengths, p, span, rng, equal=False).to(device) if p else None
+
+    mask = spans(encoder.embed.frames(samples).numpy(), cfg.mask_p, cfg.mask_span)  # (B, T)
+    channels = spans(np.full(len(x), encoder.dim), cfg.channel_p, cfg.channel_span)  # (B, D)
+    with autocast:
+        logits, frames = network(x.to(device), samples.to(device), mask, channels)
+    return logits.float(), frames
+
+
 @torch.no_grad()
 def outputs(cfg: Config, recogniser: Recogniser, utterances, device, autocast, rank, world, bad) -> Iterator[tuple[int, torch.Tensor]]:
     """Of each utterance of this process's share, short ones first: its index and its logits (T, classes) float32."""
-    longest = round(cfg.max_seconds * audio.RATE)
+    longest = int(utterances.lengths.max())
     lots = audio.epoch_batches(utterances.lengths, cfg.max_samples, 0, 0, longest, sort=True)[rank::world]
     recogniser.eval()
     batches = DataLoader(audio.Batches(utterances, 0, longest, pad=True), batch_size=None, num_workers=cfg.workers,
@@ -591,124 +602,117 @@ def outputs(cfg: Config, recogniser: Recogniser, utterances, device, autocast, r
 
 def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
     """Word and character error rates of letters read off every frame, trained by CTC (Graves et al. 2006)."""
-    if cfg.data:
-        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, show=rank == 0)
+    if cfg.data and cfg.eval_only and cfg.valid:  # nothing of train is asked for, and it need not be there
+        train = valid = audio.concatenate([audio.open_split(cfg.data, split, show=rank == 0) for split in cfg.valid])
     else:
-        train, valid = audio.made_speech()
+        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, show=rank == 0) if cfg.data else audio.made_speech()
     bad |= {*train.bad, *valid.bad}
-    tuned = convert.read(start.init) if start.init != "none" else {}
-    dictionary = tuned["classes"] if tuned.get("goal") == "letters" else letters.LETTERS
-    recogniser, state = build_speech(start, dictionary)
+    recogniser, state, dictionary = build_speech(start, letters.LETTERS)
     recogniser.to(device)
-    if cfg.freeze_convs and cfg.init != "none":
-        recogniser.encoder.embed.content["convs"].requires_grad_(False)
-        recogniser.encoder.embed.content["norms"].requires_grad_(False)
 
-    def transcribed(utterances):  # those that the dictionary can spell, and that fit
-        kept, texts = [], []
+    def transcribed(utterances, longest):  # those that the dictionary can spell, not longer than that
+        kept, texts, left_out = [], [], []
         for i, text in enumerate(utterances.transcripts):
             said, unknown = letters.clean(text, dictionary)
-            if not said or unknown or utterances.lengths[i] > cfg.max_seconds * audio.RATE:
+            if not said or unknown or utterances.lengths[i] > longest:
                 why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
-                bad.add(f"{utterances.names[i]}: {why}")
+                left_out.append(f"{utterances.names[i]}: {why}")
             else:
                 kept.append(i)
                 texts.append(said)
         if not kept:
-            raise BadInput(f"{cfg.data or 'made speech'}: no utterance with a transcript that can be used, for instance {min(bad)}")
+            raise BadInput(f"{cfg.data}: no utterance that can be used, for instance {left_out[0]}; add transcripts or choose other splits")
+        bad.update(left_out)
         part = utterances.part(kept)
         part.transcripts = texts
         return part
 
-    train, valid = transcribed(train), transcribed(valid)
-    order = np.random.default_rng([cfg.seed, 10]).permutation(len(train))
-    train = train.part(np.sort(order[: max(1, round(cfg.label_fraction * len(train)))]))
+    train, valid = transcribed(train, cfg.max_seconds * audio.RATE), transcribed(valid, math.inf)
+    train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
     targets = [letters.encode(text, dictionary) for text in train.transcripts]
     lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
-
-    def batches(step):
-        return speech_batches(cfg, train, device, accumulation, world, rank, step)
 
     def weigh(batch):
         return sum(len(targets[i]) for i in batch["indices"].tolist()), len(batch["indices"])
 
     def loss(network, batch, rng):
         bad.update(batch["bad"])
-        samples, said = batch["lengths"].to(device), [targets[i] for i in batch["indices"].tolist()]
-        with autocast:
-            logits, frames = network(batch["source"].to(device), samples, *hidden(cfg, recogniser, samples, rng))
-        goal = torch.tensor([i for text in said for i in text], device=device)
-        lengths = torch.tensor([len(text) for text in said], device=device)
-        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (T, B, letters)
-        return F.ctc_loss(log_probs, goal, frames, lengths, reduction="sum", zero_infinity=True)  # inf: too short to say it
+        logits, frames = masked_outputs(cfg, network, recogniser.encoder, batch["source"], batch["lengths"], device, autocast, rng)
+        said = [targets[i] for i in batch["indices"].tolist()]
+        goal, lengths = torch.tensor([letter for text in said for letter in text]), torch.tensor([len(text) for text in said])
+        log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, B, letters)
+        return F.ctc_loss(log_probs, goal.to(device), frames, lengths.to(device), reduction="sum", zero_infinity=True)  # inf: too short to say it
 
     def evaluate():
-        words, spelt = [], []
+        pairs = []  # what was said, what was understood
         for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad):
             log_probs = logits.log_softmax(-1)
             if cfg.beam:
-                found = letters.decode_beam(log_probs, dictionary, cfg.beam, lm, cfg.lm_weight, cfg.word_score)
-                guess = found[0][0]
+                guess = letters.decode_beam(log_probs, dictionary, cfg.beam, lm, cfg.lm_weight, cfg.word_score)[0][0]
             else:
                 guess, _ = letters.decode_greedy(log_probs, dictionary)
-            words.append((valid.transcripts[i], guess))
-        both = [pair for part in common.gather(words) for pair in part]
-        if not both:
-            raise BadInput(f"{cfg.data}: no held-out utterance could be read, for instance {min(bad)}; check the folder")
-        words, spelt = letters.wer(both), letters.cer(both)
+            pairs.append((valid.transcripts[i], guess))
+        pairs = [pair for part in common.gather(pairs) for pair in part]
+        words = letters.wer(pairs)
         counts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions", "words")}
-        return {"wer": words.rate, "cer": spelt.rate} | counts
+        return {"wer": words.rate, "cer": letters.cer(pairs).rate} | counts
+
+    def batches(step):
+        return speech_batches(cfg, train, device, accumulation, world, rank, step)
 
     return Task(recogniser, state, dictionary, f"{len(train)} utterances", "wer", True, batches, weigh, loss, evaluate)
 
 
 def sounds_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
     """Mean average precision of sound events, several a clip: sigmoids of every frame, pooled by linear softmax."""
-    classes, train, valid = audio.open_events(cfg.data, cfg.train, cfg.valid, show=rank == 0)
+    if not cfg.data:
+        raise BadInput("--data: sound events are not made on the spot; give a folder with classes.txt, train.csv and valid.csv")
+    found, train, valid = audio.open_events(cfg.data, cfg.valid if cfg.eval_only else cfg.train, cfg.valid, show=rank == 0)
     bad |= {*train.bad, *valid.bad}
-    order = np.random.default_rng([cfg.seed, 10]).permutation(len(train))
-    train = train.part(np.sort(order[: max(1, round(cfg.label_fraction * len(train)))]))
-    recogniser, state = build_speech(start, classes)
+    train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
+    recogniser, state, classes = build_speech(start, found)
     recogniser.to(device)
-    if cfg.freeze_convs and cfg.init != "none":
-        recogniser.encoder.embed.content["convs"].requires_grad_(False)
-        recogniser.encoder.embed.content["norms"].requires_grad_(False)
+    column = {name: c for c, name in enumerate(classes)}
 
     def truth(utterances, indices):  # (B, classes) float, 1 where the event is in the clip
         y = torch.zeros(len(indices), len(classes))
         for row, i in zip(y, indices):
-            row[[classes.index(name) for name in utterances.transcripts[i].split(";")]] = 1
+            row[[column[name] for name in utterances.transcripts[i].split(";")]] = 1
         return y
-
-    def batches(step):
-        return speech_batches(cfg, train, device, accumulation, world, rank, step)
 
     def weigh(batch):
         return len(batch["indices"]), len(batch["indices"])
 
     def loss(network, batch, rng):
         bad.update(batch["bad"])
-        x, samples, y = batch["source"], batch["lengths"], truth(train, batch["indices"].tolist())
-        other = torch.from_numpy(rng.permutation(len(x)))
-        keep = torch.from_numpy(np.where(rng.random(len(x)) < cfg.mixup, rng.random(len(x)), 1.0)).float()[:, None]
-        x, y, samples = keep * x + (1 - keep) * x[other], keep * y + (1 - keep) * y[other], samples.maximum(samples[other] * (keep[:, 0] < 1))
-        x, samples = x.to(device), samples.to(device)
-        with autocast:
-            logits, frames = network(x, samples, *hidden(cfg, recogniser, samples, rng))
+        x, samples, y = mix_clips(batch["source"], batch["lengths"], truth(train, batch["indices"].tolist()), cfg.mixup, rng)
+        logits, frames = masked_outputs(cfg, network, recogniser.encoder, x, samples, device, autocast, rng)
         p = linear_softmax(logits, frames).clamp(1e-7, 1 - 1e-7)
         return F.binary_cross_entropy(p, y.to(device), reduction="sum") / len(classes)
 
     def evaluate():
-        found = [
-            (linear_softmax(logits[None], torch.tensor([len(logits)], device=device))[0].cpu(), truth(valid, [i])[0])
-            for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad)
-        ]
-        both = [pair for part in common.gather(found) for pair in part]
-        if not both:
-            raise BadInput(f"{cfg.data}: no held-out clip could be read, for instance {min(bad)}; check the folder")
-        return {"map": average_precision(*(torch.stack(column) for column in zip(*both)))}
+        scores = {}  # {index: (classes,)}
+        for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad):
+            scores[i] = linear_softmax(logits[None], torch.tensor([len(logits)], device=device))[0].cpu()
+        scores = dict(sorted(pair for part in common.gather(list(scores.items())) for pair in part))
+        return {"map": average_precision(torch.stack(list(scores.values())), truth(valid, list(scores)))}
+
+    def batches(step):
+        return speech_batches(cfg, train, device, accumulation, world, rank, step)
 
     return Task(recogniser, state, classes, f"{len(train)} clips", "map", False, batches, weigh, loss, evaluate)
+
+
+def mix_clips(x: torch.Tensor, samples: torch.Tensor, y: torch.Tensor, p: float, rng: np.random.Generator) -> tuple:
+    """Mixup of a batch of padded clips with a shuffle of its own: each with probability p, in a proportion of its own.
+
+    x (B, N) waves, samples (B,) their lengths, y (B, classes) truth -> the same of the mixtures, as long as the longer of both.
+    """
+    other = torch.from_numpy(rng.permutation(len(x)))
+    keep = np.where(rng.random(len(x)) < p, rng.random(len(x)), 1.0)
+    samples = torch.where(torch.from_numpy(keep < 1), samples.maximum(samples[other]), samples)
+    keep = torch.from_numpy(keep).float()[:, None]
+    return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
 
 
 # ---- use it --------------------------------------------------------------------------------------------------------------
@@ -727,7 +731,7 @@ def predict(cfg: Config, device: torch.device, autocast) -> None:
     if cfg.goal == "images":
         model, state, size = build(cfg)
     else:
-        model, state = build_speech(cfg)
+        model, state, _ = build_speech(cfg)
     model.to(device).eval()
     readable = 0
     for path in cfg.predict:

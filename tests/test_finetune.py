@@ -21,6 +21,7 @@ from PIL import Image
 
 import common
 import finetune
+import train_speech
 import train_vision
 from data import images
 from model import resize_grid, resize_positions
@@ -932,6 +933,10 @@ def test_gradients_that_are_not_finite_stop_the_run_before_their_step_is_saved(m
         dict(drop_path=-0.1),
         dict(dropout=1.1), dict(attn_dropout=-0.1), dict(smoothing=1.1), dict(mixup=-1.0), dict(cutmix=-1.0),
         dict(erasing=1.1), dict(rand_augment=-1.0), dict(jitter=-0.1), dict(crop_min=0.0), dict(crop_min=1.1),
+        dict(mask_p=1.1), dict(channel_p=-0.1), dict(mask_span=0), dict(channel_span=0), dict(layer_drop=1.0), dict(freeze_steps=-1),
+        dict(ffn_dropout=-0.1), dict(head_dropout=1.0), dict(beta2=1.0), dict(beam=-1), dict(lm="lm.arpa"), dict(head_lr=1e-3, lr=0.0),
+        dict(mixup=1.1, goal="sounds"), dict(max_seconds=0.0, goal="letters"), dict(max_samples=1000, goal="letters"),
+        dict(global_batch=24, max_samples=128_000, max_seconds=4.0, goal="letters"),
     ],
     ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )  # fmt: skip
@@ -955,14 +960,55 @@ def test_help_lists_the_fields_and_a_presets_values():
         assert all(f"--{f.name}" in out and f.metadata["help"] in out for f in fields(finetune.Config))
 
 
+LABELS = ("10m", "1h", "10h", "100h", "960h")
+
+
 def test_presets_are_named_known_and_can_work():
-    assert list(finetune.PRESETS) == ["smoke", "cifar10", "base", "large"]
+    speech = ["speech_smoke", "digits", *LABELS, *(f"{name}_large" for name in LABELS), "audioset"]
+    assert list(finetune.PRESETS) == ["smoke", "cifar10", "base", "large", *speech]
     for name, values in finetune.PRESETS.items():
         cfg = finetune.Config(preset=name, **values)
-        for world in (1, 2, 8):
-            assert finetune.check(cfg, world) * world * (cfg.micro_batch or cfg.global_batch) >= cfg.global_batch
         assert all(type(value) is type(asdict(finetune.Config())[key]) for key, value in values.items())
-        assert cfg.warmup < cfg.steps and name in train_vision.PRESETS, "--init none takes the model of that name"
+        assert cfg.warmup < cfg.steps and (cfg.goal == "images") == (name not in speech)
+        pretraining = train_vision if cfg.goal == "images" else train_speech
+        assert cfg.model in pretraining.PRESETS, "--init none takes this model"
+        for world in (1, 2, 8) if cfg.goal == "images" else (1,) if name in speech[:2] else (1, 2, 4, 8):
+            count = finetune.check(cfg, world)
+            if cfg.goal == "images":
+                assert count * world * (cfg.micro_batch or cfg.global_batch) >= cfg.global_batch
+            else:
+                assert count * world * cfg.max_samples == pytest.approx(cfg.global_batch * 16_000, rel=0.05)
+        if name.endswith("_large") or name == "audioset":
+            assert finetune.check(cfg, 16) == 1
+
+
+def test_the_speech_presets_are_the_papers():
+    """Updates, rates, hidden time and channels, frozen updates; base, then large."""
+    table = {
+        "10m": (13_000, (5e-5, 1e-4), (0.65, 0.65), (0.25, 0.25), (10_000, 10_000)),
+        "1h": (13_000, (5e-5, 3e-4), (0.65, 0.75), (0.25, 0.25), (10_000, 10_000)),
+        "10h": (20_000, (5e-5, 1e-4), (0.65, 0.75), (0.5, 0.25), (10_000, 10_000)),
+        "100h": (80_000, (3e-5, 3e-5), (0.65, 0.5), (0.5, 0.5), (0, 10_000)),
+        "960h": (320_000, (1e-4, 3e-5), (0.5, 0.5), (0.1, 0.25), (0, 10_000)),
+    }
+    for name, (steps, *columns) in table.items():
+        for size, model in enumerate(("base", "large")):
+            cfg = finetune.Config(**finetune.PRESETS[name + "_large" * size])
+            assert [cfg.lr, cfg.mask_p, cfg.channel_p, cfg.freeze_steps] == [column[size] for column in columns], name
+            assert (cfg.steps, cfg.model, cfg.goal, cfg.schedule, cfg.beta2) == (steps, model, "letters", "tri_stage", 0.98)
+            assert (cfg.mask_span, cfg.channel_span, cfg.layer_drop, cfg.ffn_dropout, cfg.freeze_convs) == (10, 64, 0.1, 0.1, True)
+            assert cfg.global_batch * 16_000 == 3_200_000 * 8 and cfg.init_from == "student"
+    cfg = finetune.Config(**finetune.PRESETS["audioset"])
+    assert (cfg.steps, cfg.lr, cfg.head_lr, cfg.mask_p, cfg.mask_span, cfg.mixup) == (13_000, 3e-5, 2e-4, 0.45, 4, 0.7)
+    assert (cfg.model, cfg.goal) == ("audioset", "sounds") and cfg.global_batch == pytest.approx(21.3 * 60, rel=0.01)
+
+
+def test_the_tri_stage_schedule_rises_holds_and_decays():
+    cfg = finetune.Config(steps=100, lr=2.0, schedule="tri_stage")
+    rates = [finetune.lr_at(step, cfg) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[9:50] == [2.0] * 41
+    assert rates[50:] == pytest.approx([2 * 0.05 ** (step / 50) for step in range(1, 51)]) and rates[-1] == pytest.approx(0.1)
 
 
 def test_the_big_presets_are_the_papers():
