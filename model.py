@@ -1,6 +1,6 @@
 """data2vec's networks: embedders, the Transformer, the student and its EMA teacher.
 
-    x = embed(input)                        (B, T, D)   PatchEmbed | WaveEmbed
+    x = embed(input)                        (B, T, D)   PatchEmbed | WaveEmbed | TokenEmbed
     f = head(encoder(mask(x)))[masked]      (M, D)      Student
     a_1 .. a_L = encoder_ema(x)             (B, T, D)   Teacher
 
@@ -363,6 +363,55 @@ def speech_encoder(
     return encoder
 
 
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+class TokenEmbed(nn.Module):
+    """Token ids to vectors, learned positions counted from pad + 1 over what is no padding, a LayerNorm (RoBERTa's)."""
+
+    prefix = 0
+
+    def __init__(self, vocab: int, max_length: int, pad: int, dim: int, dropout: float):
+        super().__init__()
+        self.pad = pad
+        self.tokens = nn.Embedding(vocab, dim, padding_idx=pad)
+        self.positions = nn.Embedding(max_length + pad + 1, dim, padding_idx=pad)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, valid: None = None) -> tuple[Tensor, Tensor]:
+        """ids (B, T) int64 -> token vectors (B, T, D), valid (B, T) = no padding. Raises ValueError for too long a text."""
+        if ids.shape[1] > (longest := len(self.positions.weight) - self.pad - 1):
+            raise ValueError(f"{ids.shape[1]} tokens, but the model has positions for {longest}")
+        return self.tokens(ids), ids != self.pad
+
+    def place(self, x: Tensor, valid: Tensor) -> tuple[Tensor, None]:
+        x = x + self.positions(valid.cumsum(1) * valid + self.pad)
+        return self.dropout(self.norm(x)).masked_fill(~valid[..., None], 0), None
+
+    distance = WaveEmbed.distance
+
+
+def text_encoder(
+    *, vocab: int, max_length: int, pad: int, dim: int, depth: int, heads: int, ffn: int, dropout: float = 0.0,
+    attn_dropout: float = 0.0, ffn_dropout: float = 0.0, target: str = "ffn",
+) -> Encoder:  # fmt: skip
+    """RoBERTa's encoder (paper section 4.3; Liu et al. 2019): post-norm, LayerNorm eps 1e-5; <mask> is a token of the input."""
+    embed = TokenEmbed(vocab, max_length, pad, dim, dropout)
+    blocks = [
+        Block(
+            dim, heads, ffn, pre_norm=False, eps=1e-5, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
+            ffn_dropout=ffn_dropout,
+        )
+        for _ in range(depth)
+    ]  # fmt: skip
+    encoder = Encoder(embed, blocks, nn.Identity(), dim, hide=False)
+    for table in (embed.tokens, embed.positions):
+        nn.init.normal_(table.weight, std=0.02)
+        table.weight.data[pad] = 0
+    init_post_norm(encoder)
+    return encoder
+
+
 def init_post_norm(encoder: Encoder, gain: float | None = None) -> None:
     """BERT's normal(0.02) for all matrices of the blocks; with a gain DeepNorm's: Xavier, query and key at gain 1."""
     for block in encoder.blocks:
@@ -401,10 +450,12 @@ class Student(nn.Module):
 
 
 def regression_head(dim: int, layers: int = 1) -> nn.Module:
-    """Linear(D, D) (vision, speech) or Linear(D, 2D), GELU, Linear(2D, D) (text)."""
+    """Linear(D, D) (vision, speech) or Linear(D, 2D), GELU, Linear(2D, D) (text); more layers repeat the wide one."""
     if layers == 1:
         return nn.Linear(dim, dim)
-    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+    widths = [dim] + (layers - 1) * [2 * dim]
+    wide = [module for w, v in zip(widths, widths[1:]) for module in (nn.Linear(w, v), nn.GELU())]
+    return nn.Sequential(*wide, nn.Linear(2 * dim, dim))
 
 
 class Classifier(nn.Module):

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Classifier, Recogniser, Student, Teacher, regression_head, speech_encoder, vision_encoder
+from model import Classifier, Recogniser, Student, Teacher, regression_head, speech_encoder, text_encoder, vision_encoder
 from targets import regression_loss, tau_at, top_k_average
-from tools.convert import POST_NORM, SPEECH, VISION, from_released_speech, from_released_vision, fuse, rename
+from tools.convert import (
+    POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename,
+)  # fmt: skip
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = [pytest.param(path, id=path.stem) for path in sorted(FOLDER.glob("*.pt"))]
@@ -221,6 +223,55 @@ def test_speech_ctc(path):
         blank=golden["config"]["blank_idx"], reduction="sum",
     )  # fmt: skip
     torch.testing.assert_close(loss.detach(), golden["ctc_loss_sum"], rtol=1e-5, atol=0)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def text_from(config):
+    return text_encoder(
+        vocab=config["vocab_size"], max_length=config["num_position_embeddings"] - config["pad_idx"] - 1, pad=config["pad_idx"],
+        dim=config["encoder_embed_dim"], depth=config["encoder_layers"], heads=config["encoder_attention_heads"],
+        ffn=config["encoder_ffn_embed_dim"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", of("text", "pred"))
+def test_text_step(path):
+    golden = read(path)
+    config, mask = golden["config"], golden["mask"]
+    state = from_released_text(golden["model"], golden["ema"])
+    student = Student(text_from(config), regression_head(config["encoder_embed_dim"], config["head_layers"]))
+    student.load_state_dict(state["student"])
+    tied = any(key.startswith("embed_") for key in config["ema_skip_keys"])
+    teacher = Teacher(student.encoder, shared=("embed",) if tied else ())
+    teacher.load_state_dict(state["teacher"])
+    student.train()
+
+    y = check_targets(golden, teacher(golden["input"]["unmasked_tokens"]))  # the full sentence, not its masked tokens alone
+    f = student(golden["input"]["src_tokens"], mask)
+    close(f, golden["pred"], 1e-5, "predictions")
+    scale = config["encoder_embed_dim"] ** -0.5 if config["loss_scale"] is None else config["loss_scale"]
+    total = regression_loss(f, y, config["loss_beta"], scale)
+    torch.testing.assert_close(total.detach(), golden["loss_sum"], rtol=1e-5, atol=0)
+    assert len(f) == golden["sample_size"]
+    loss = total / len(f)
+    torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
+
+    gradients = from_released_text(golden["grads"])["student"]
+    after = fuse(rename({f"encoder.{k}": v for k, v in golden["ema_after"].items()}, TEXT | POST_NORM))
+    assert set(check_step(golden, student, teacher, loss, gradients, after, noise=("k_bias",))) == set(after)
+
+
+@pytest.mark.parametrize("path", of("text", "student_features"))
+def test_text_features(path):
+    golden = read(path)
+    student = Student(text_from(golden["config"]), regression_head(golden["config"]["encoder_embed_dim"], golden["config"]["head_layers"]))
+    student.load_state_dict(from_released_text(golden["model"])["student"])
+    student.eval()
+    tokens = golden["input"]["unmasked_tokens"]
+    real = tokens != golden["config"]["pad_idx"]
+    close(student.encoder(tokens)[0][real], golden["student_features"][real], 1e-5, "features")
 
 
 # ---- schedule --------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
     return new
 
 
-# ---- released speech names: the encoder of wav2vec 2.0, with or without a CTC head --------------------------------------
+# ---- released speech and text names: the encoders of wav2vec 2.0 and of RoBERTa --------------------------------------
 
 SPEECH = {
     r"mask_emb": "mask_embedding",
@@ -127,6 +127,12 @@ POST_NORM = {  # the layers of speech and text alike
     r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)": r"blocks.\1.norm1.\2",
     r"encoder\.layers\.(\d+)\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
     r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"blocks.\1.norm2.\2",
+}
+
+
+TEXT = {
+    r"encoder\.embed_(tokens|positions)\.weight": r"embed.\1.weight",
+    r"encoder\.layernorm_embedding\.(weight|bias)": r"embed.norm.\1",
 }
 
 
@@ -148,6 +154,19 @@ def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None
     if ema is None:
         return {"student": student, "teacher": None}
     averaged = fuse(rename({f"encoder.{name}": tensor for name, tensor in ema.items()}, SPEECH | POST_NORM))
+    return {"student": student, "teacher": {f"encoder.{name}": tensor for name, tensor in (encoder | averaged).items()}}
+
+
+def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> dict:
+    """Released names (encoder.sentence_encoder.*, encoder.regression_head.*; the teacher's without prefix) -> as for speech."""
+    inner = {name.replace("encoder.sentence_encoder.", "encoder."): tensor for name, tensor in model.items()}
+    encoder = fuse(rename(inner, TEXT | POST_NORM))
+    student = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    several = "encoder.regression_head.2.weight" in inner  # one layer alone is no Sequential here
+    student |= rename(inner, {r"encoder\.regression_head\.(\d+)\.(weight|bias)": r"head.\1.\2" if several else r"head.\2"})
+    if ema is None:
+        return {"student": student, "teacher": None}
+    averaged = fuse(rename({f"encoder.{name}": tensor for name, tensor in ema.items()}, TEXT | POST_NORM))
     return {"student": student, "teacher": {f"encoder.{name}": tensor for name, tensor in (encoder | averaged).items()}}
 
 
