@@ -84,3 +84,38 @@ def span_mask(lengths: np.ndarray, p: float, span: int, rng: np.random.Generator
         order = np.where(mask, rng.random(mask.shape, dtype=np.float32), np.inf).argsort(1)
         np.put_along_axis(mask, order, t < mask.sum(1).min(), axis=1)
     return torch.from_numpy(mask)
+
+
+def bert_mask(ids: np.ndarray, ordinary: range, mask_id: int, p: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """BERT's corruption of one text: a share p of the tokens is selected (paper section 4.3; Devlin et al. 2019).
+
+    Of the selected, 80 % become <mask>, 10 % a random ordinary token, 10 % stay; ALL of them are scored.
+
+    ids       (T,) token ids
+    ordinary  ids that may be selected and that random tokens are drawn from: no special tokens, no padding
+    p         share of the ordinary tokens to select, floor(p * n + u) of them with u in [0, 1), at least one
+    returns   corrupted ids (T,) int64 for the student, mask (T,) bool, True = selected
+    """
+    ids = np.array(ids, dtype=np.int64)
+    places = np.flatnonzero((ids >= ordinary.start) & (ids < ordinary.stop))
+    chosen = rng.permutation(places)[: max(1, int(p * len(places) + rng.random()))]
+    mask = np.zeros(len(ids), dtype=bool)
+    mask[chosen] = True
+    fate = rng.random(len(chosen))
+    ids[chosen] = np.where(fate < 0.8, mask_id, np.where(fate < 0.9, rng.integers(ordinary.start, ordinary.stop, len(chosen)), ids[chosen]))
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def span_mask_tokens(
+    ids: np.ndarray, ordinary: range, mask_id: int, p: float, span: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Spans of tokens, all of them <mask> (the paper's best GLUE average): span_mask at p .35, span 4 hides about 30 %.
+
+    As bert_mask otherwise; special tokens within a span stay as they are and are not scored.
+    """
+    ids = torch.from_numpy(np.array(ids, dtype=np.int64))
+    allowed = (ids >= ordinary.start) & (ids < ordinary.stop)
+    mask = span_mask(np.array([len(ids)]), p, span, rng)[0] & allowed
+    if allowed.any() and not mask.any():
+        mask[rng.choice(allowed.nonzero()[:, 0].numpy())] = True
+    return ids.masked_fill(mask, mask_id), mask
