@@ -184,8 +184,7 @@ def main():
     else:
         train, valid = audio.made_speech()
     if rank == 0:
-        hours = train.lengths.sum() / audio.RATE / 3600
-        print(f"{len(train)} training utterances ({hours:.2f} h), {len(valid)} held-out")
+        print(f"{len(train)} training utterances ({train.lengths.sum() / audio.RATE / 3600:.2f} h), {len(valid)} held-out")
 
     # ---- student, teacher, optimiser
     torch.manual_seed(cfg.seed)
@@ -199,73 +198,78 @@ def main():
     folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
     step, begin, row, bad, named = 0, None, {"seconds": 0.0}, {*train.bad, *valid.bad}, set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout and layer drop, which differ between processes
-    if cfg.resume and (folder / "ckpt.pt").exists():
-        state = convert.read(folder / "ckpt.pt")
-        convert.load_into(student, state["student"], folder / "ckpt.pt")
-        convert.load_into(teacher, state["teacher"], folder / "ckpt.pt")
+    resumed = cfg.resume and (folder / "ckpt.pt").exists()
+    if source := folder / "ckpt.pt" if resumed else cfg.init:
+        state = convert.read(source)
+        if "classes" in state:
+            raise BadInput(f"{source}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
+        convert.load_into(student, state["student"], source)
+        for name in ("heads", "deep_norm"):  # the shapes of weights do not tell
+            if state["config"][name] != getattr(cfg, name):
+                raise BadInput(f"{source}: was trained with --{name} {state['config'][name]}; take the same")
+        teacher.update(student.encoder, tau=0.0)  # a copy of the student
+        if state["teacher"] and (resumed or cfg.init_teacher == "teacher"):
+            convert.load_into(teacher, state["teacher"], source)
+    if resumed:
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0] |= {"weight_decay": cfg.weight_decay, "betas": (0.9, cfg.beta2)}  # this command's, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, begin, row, bad = state["step"], state["begin"], state["row"], bad | set(state["bad"])
-    elif cfg.init:
-        state = convert.read(cfg.init)
-        if "classes" in state:
-            raise BadInput(f"--init {cfg.init}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
-        convert.load_into(student, state["student"], cfg.init)
-        teacher.update(student.encoder, tau=0.0)  # a copy of the student
-        if cfg.init_teacher == "teacher" and state["teacher"]:
-            convert.load_into(teacher, state["teacher"], cfg.init)
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         for network in (student.encoder, teacher.encoder):
             network.transform = torch.compile(network.transform, dynamic=True)
-    ddp = DistributedDataParallel(student, find_unused_parameters=cfg.layer_drop > 0) if world > 1 else student
+    ddp = DistributedDataParallel(student) if world > 1 else student
 
     # ---- batches: this process's share of the run's micro-batches from `step` on; held-out utterances with fixed masks
-    longest = round(cfg.max_seconds * audio.RATE)
+    longest, frames_of = round(cfg.max_seconds * audio.RATE), student.encoder.embed.frames
 
     def hide(lengths, rng):
-        return span_mask(student.encoder.embed.frames(lengths).numpy(), cfg.mask_p, cfg.mask_span, rng, equal=not cfg.pad)
+        return span_mask(frames_of(lengths).numpy(), cfg.mask_p, cfg.mask_span, rng, equal=not cfg.pad)
+
+    def count(batch):  # masked frames, frames, utterances, samples
+        lengths = batch["lengths"]
+        return torch.stack([batch["mask"].sum(), frames_of(lengths).sum(), torch.tensor(len(lengths)), lengths.sum()])
 
     def load(batches, keys):
         return DataLoader(batches, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",
                           generator=torch.Generator())  # fmt: skip
 
-    def fixed(utterances, limit, pad):  # the same random subset at every call, short to long, one mask each
-        part = utterances.part(np.sort(np.random.default_rng(cfg.seed).permutation(len(utterances))[:limit]))
-        lots = audio.epoch_batches(part.lengths, cfg.max_samples, 0, 0, longest, sort=True)
-        got = list(load(audio.Batches(part, 0, longest, pad, hide), [(0, i, tuple(lot)) for i, lot in enumerate(lots)]))
+    def fixed(utterances, limit, spoken=False):  # the same random subset at every call, short to long, one mask each
+        texts = zip(utterances.transcripts, utterances.lengths)  # spoken: those with a transcript that are not to be cropped
+        fit = [i for i, (text, n) in enumerate(texts) if not spoken or n <= longest and letters.clean(text)[0]]
+        part = utterances.part(np.sort(np.random.default_rng(cfg.seed).permutation(fit)[:limit]))
+        lots = audio.epoch_batches(part.lengths, cfg.max_samples, 0, 0, longest, sort=True) if fit else []
+        got = list(load(audio.Batches(part, 0, longest, spoken, hide), [(0, i, tuple(lot)) for i, lot in enumerate(lots)]))
         bad.update(line for batch in got for line in batch["bad"])
         return got, [part.transcripts[i] for batch in got for i in batch["indices"].tolist()]
 
-    count = accumulation * world
-    keys = audio.batches(train.lengths, cfg.max_samples, longest, cfg.seed, step, cfg.steps, count, world, rank)
+    keys = audio.batches(train.lengths, cfg.max_samples, longest, cfg.seed, step, cfg.steps, accumulation * world, world, rank)
     batches = iter(load(audio.Batches(train, cfg.seed, longest, cfg.pad, hide), keys))
     if rank == 0:
-        spoken = train.part([i for i, text in enumerate(train.transcripts) if letters.clean(text)[0]])
-        heard = valid.part([i for i, text in enumerate(valid.transcripts) if letters.clean(text)[0]])
-        labelled = [fixed(spoken, cfg.probe_utterances, True), fixed(heard, cfg.eval_utterances, True)] if len(spoken) and len(heard) else []  # fmt: skip
-        held_out, _ = fixed(valid, cfg.eval_utterances, False)
+        held_out, _ = fixed(valid, cfg.eval_utterances)
+        labelled = [fixed(train, cfg.probe_utterances, spoken=True), fixed(valid, cfg.eval_utterances, spoken=True)]
+        labelled = labelled if all(got for got, _ in labelled) else []
         begin = begin or evaluate(student, teacher, held_out, labelled, cfg, device, autocast)
         print(f"step 0: {show(begin)}" + ("" if labelled else "; no transcripts, so no probe"))
 
     # ---- the loop
     batches = itertools.chain([next(batches, None)], batches)  # if nothing can be read, say so before the bar
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    started, mark, heard_samples = time.time() - row["seconds"], time.time(), torch.zeros((), device=device)
+    started, mark, heard = time.time() - row["seconds"], time.time(), 0
     while step < cfg.steps:
         step += 1
         lr, tau = lr_at(step, cfg), tau_at(step, cfg.tau_0, cfg.tau_e, cfg.tau_n)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         micro_batches = [next(batches) for _ in range(accumulation)]
-        positions = torch.tensor(sum(int(batch["mask"].sum()) for batch in micro_batches), device=device)
+        counts = sum(count(batch) for batch in micro_batches).to(device)
         if world > 1:
-            dist.all_reduce(positions)  # processes hide different numbers of frames: the loss is a mean over all of them
+            dist.all_reduce(counts)  # processes hide different numbers of frames: the loss is a mean over all of them
+        positions, heard = counts[0], heard + counts
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(micro_batches):
             wave, mask, samples = (batch[name].to(device, non_blocking=True) for name in ("source", "mask", "lengths"))
             bad.update(batch["bad"])
-            heard_samples += samples.sum()
             with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
                 # ---- data2vec, in four lines (the mask was drawn with the batch) ----------------------------------
                 with autocast:  # the convolutions run once: the teacher goes on from the student's content x (B, T, D)
@@ -285,12 +289,13 @@ def main():
         save_now = step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
         if not (probe_now or save_now or step == 1 or step % cfg.log_every == 0):
             continue
-        meters = torch.stack([loss * world, feature_std(y[mask]), feature_std(f), mask.float().mean(), heard_samples * world]) / world
+        meters = torch.stack([loss * world, feature_std(y[mask]), feature_std(f)]) / world
         if world > 1:
             dist.all_reduce(meters)
-        row = {"step": step} | dict(zip(("loss", "target_std", "pred_std", "masked", "audio_s_per_s"), meters.tolist()))
-        row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "seconds": time.time() - started}
-        row["audio_s_per_s"] /= audio.RATE * (time.time() - mark)
+        (masked, frames, utterances, samples), seconds = heard.tolist(), time.time() - mark
+        row = {"step": step} | dict(zip(("loss", "target_std", "pred_std"), meters.tolist())) | {"masked": masked / frames}
+        row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "audio_s_per_s": samples / audio.RATE / seconds}
+        row |= {"samples_per_s": utterances / seconds, "seconds": time.time() - started}
         bar.set_postfix_str("loss {loss:.3f}, std y {target_std:.2f} f {pred_std:.2f}, masked {masked:.2f}, tau {tau:.4f}, lr {lr:.1e}, {audio_s_per_s:.0f} s audio/s".format(**row))  # fmt: skip
         if sick := unhealthy(row, cfg):
             bar.close()
@@ -310,7 +315,7 @@ def main():
                     "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
                     "step": step, "config": asdict(cfg), "rng": rng, "begin": begin, "row": row, "bad": sorted(bad),
                 })  # fmt: skip
-        mark, heard_samples = time.time(), torch.zeros_like(heard_samples)
+        mark, heard = time.time(), 0
     bar.close()
     if rank == 0 and "explained" not in row:  # resumed at its last step
         row |= evaluate(student, teacher, held_out, labelled, cfg, device, autocast)
@@ -320,8 +325,8 @@ def main():
         for line in sorted(bad - named):  # met by other processes
             print(f"skipped {line}")
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
-        for name, value in begin.items():
-            results |= {f"{name}_start": value, f"{name}_end": row[name]}
+        begin = {name: value for name, value in begin.items() if name in row}  # resumed with other data, there may be no probe
+        results |= {f"{name}_start": value for name, value in begin.items()} | {f"{name}_end": row[name] for name in begin}
         common.save(folder / "results.json", results | {"skipped_files": len(bad)})
         print(f"{cfg.steps} steps in {row['seconds']:.0f} s; {folder}/results.json, metrics.jsonl, ckpt.pt")
         for name, value in begin.items():
@@ -349,8 +354,8 @@ def show(numbers: dict) -> str:
 def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dict[str, float]:
     """How much of the targets the student predicts, and how well letters can be read off frozen features.
 
-    held_out   list of batches, cropped alike, with fixed masks, for explained
-    labelled   (batches, transcripts) to fit the probe on and (batches, transcripts) to measure it on, padded; or empty
+    held_out   batches, cropped alike, with fixed masks, for explained
+    labelled   (padded batches, transcripts) to fit the probe on and another such pair to measure it on; or empty
     returns    explained, and with transcripts probe and teacher_probe: 1 - character error rate, at least 0, of a linear
                layer on the frozen frames that is trained by CTC
     """
@@ -361,16 +366,15 @@ def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dic
             wave, mask = batch["source"].to(device), batch["mask"].to(device)
             with autocast:
                 f, x, _ = student(wave, mask, content=True)
-                yield f, top_k_average(teacher(x, content=True), cfg.top_k, cfg.norm, cfg.final_norm), mask
+                y = top_k_average(teacher(x, content=True), cfg.top_k, cfg.norm, cfg.final_norm)
+            yield f, y, mask
 
-    def features(encoder, batches):  # list of (T, D), one an utterance
-        found = []
+    def features(encoder, batches):  # (T, D) of each utterance
         for batch in batches:
             samples = batch["lengths"].to(device)
             with autocast:
                 x, _ = encoder(batch["source"].to(device), None, samples)
-            found += [row[:n].float() for row, n in zip(x, encoder.embed.frames(samples).tolist())]
-        return found
+            yield from (u[:n].float() for u, n in zip(x, encoder.embed.frames(samples).tolist()))
 
     numbers = {"explained": explained(pairs(), by_position=False)}
     if labelled:
@@ -378,7 +382,7 @@ def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dic
         said, reference = ([letters.clean(text)[0] for text in texts] for texts in (said, reference))
         alphabet = ["<blank>", "|", *sorted(set("".join(said + reference)) - {" "})]  # whatever the transcripts hold
         for prefix, encoder in (("", student.encoder), ("teacher_", teacher.encoder)):
-            probe = fit_ctc(features(encoder, fit), [letters.encode(text, alphabet) for text in said], len(alphabet))
+            probe = fit_ctc(list(features(encoder, fit)), [letters.encode(text, alphabet) for text in said], len(alphabet))
             guess = [letters.decode_greedy(probe(x), alphabet)[0] for x in features(encoder, test)]
             numbers[prefix + "probe"] = max(0.0, 1 - letters.cer(zip(reference, guess)).rate)
     student.train()
