@@ -1,5 +1,6 @@
 """Every command of the README is run: here with a few steps and small data, or by the test that is named beside it."""
 
+import glob
 import re
 import runpy
 import shlex
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
+
+from data import audio
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -19,10 +23,14 @@ COMMANDS = [
 ]
 TINY = "--steps 2 --warmup 1 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0"
 PRETRAIN = f"{TINY} --probe_images 40 --eval_images 10"
+SPEECH = "--channels 8 --dim 16 --depth 2 --heads 2 --ffn 32 --pos_groups 2 --pos_width 15 --top_k 2 --min_seconds 0 --guard_after -1"
+SPEECH += " --steps 2 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0 --probe_utterances 4 --eval_utterances 4"
+TUNE = "--steps 2 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0"
 VIT = "--dim 32 --heads 2 --ffn 64 --depth 6 --image_size 64 --global_batch 4 --micro_batch 0"  # ViT shapes, small
 ELSEWHERE = {  # commands that another test runs
     "pytest": "CI, which calls it",
     "python -m data.images": "tests/test_images.py, against a server on localhost and a folder of its layout",
+    "python -m data.audio": "tests/test_audio.py, against a server on localhost",
     "GOLDEN_DIR": "tests/test_golden.py",
 }
 EXTRA = [  # the first pattern that matches a command says what is added to make it small
@@ -30,9 +38,12 @@ EXTRA = [  # the first pattern that matches a command says what is added to make
     (r"train_vision.py --preset (base|large|large_phase2)", f"{PRETRAIN} {VIT}"),
     (r"train_vision.py .*--help", ""),
     (r"train_vision.py", f"{PRETRAIN} --global_batch 8 --guard_after -1"),
+    (r"train_speech.py --preset (base|audioset)", f"{SPEECH} --max_samples 480000 --global_batch 30"),
+    (r"train_speech.py", f"{SPEECH} --max_seconds 4 --max_samples 64000 --global_batch 8"),
     (r"finetune.py .*--(eval_only|predict)", "--workers 0"),
+    (r"finetune.py --preset (digits|speech_smoke|10h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
     (r"finetune.py", f"{TINY} --global_batch 8 --micro_batch 0"),
-    (r"-m tools\.", ""),
+    (r"-m (tools|data)\.", ""),
 ]
 
 
@@ -53,6 +64,21 @@ def newcomer(tmp_path_factory):
                 for i in range(count):
                     pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(home / folder / split / c / f"{i:05d}.png")
+    said, _ = audio.made_speech(n_train=8, n_valid=1)
+    libri = "LIBRISPEECH/LibriSpeech"
+    for folder in ("digits/train", "digits/dev", "digits/test", f"{libri}/train-clean-100", f"{libri}/dev-clean"):
+        chapter = home / folder / "9001" / "900131"
+        chapter.mkdir(parents=True)
+        for i, (wave, text) in enumerate(zip(said.waves, said.transcripts)):
+            soundfile.write(chapter / f"9001-900131-{i:04d}.flac", wave, audio.RATE)
+            with open(chapter / "9001-900131.trans.txt", "a") as file:
+                file.write(f"9001-900131-{i:04d} {text}\n")
+    (home / "SOUNDS").mkdir()
+    (home / "SOUNDS" / "classes.txt").write_text("bark\nrain\nsiren\n")
+    for i, wave in enumerate(said.waves):
+        soundfile.write(home / "SOUNDS" / f"{i}.flac", wave, audio.RATE)
+        with open(home / "SOUNDS" / ("valid.csv" if i < 3 else "train.csv"), "a") as file:
+            file.write(f"{i}.flac,{('bark', 'rain', 'bark;siren')[i % 3]}\n")
     return home
 
 
@@ -65,6 +91,8 @@ def test_command(command, newcomer, monkeypatch, capsys):
     assert extra is not None, f"the README has a command that nothing runs: {command}"
     words = shlex.split(re.sub(r"^(python|torchrun --nproc_per_node=\d+) ", "", command)) + shlex.split(extra)
     monkeypatch.chdir(newcomer)
+    monkeypatch.setattr(audio.made_speech, "__defaults__", (0, 12, 4, 2, 20))  # seed, utterances of both parts, speakers, words
+    words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     script = ROOT / words.pop(1).replace(".", "/") if words[0] == "-m" else ROOT / words[0]
     monkeypatch.setattr(sys, "argv", [str(script), *(w for w in words[1:] if w != "--compile")])  # needs a C++ compiler
     try:
