@@ -1,0 +1,915 @@
+"""Text in, token blocks out: a vocabulary, a prepared corpus, blocks of whole documents, GLUE's tasks and their metrics.
+
+    python -m data.text prepare --input BOOKS/ WIKI.txt --out DIR --vocab_size 8192      or --vocab gpt2 | FOLDER
+                                                  text -> DIR/{vocab, train.bin, train.idx, valid.bin, valid.idx, meta.json}
+    python -m data.text glue --out DIR            fetch GLUE's eight tasks, leave them as DIR/TASK/{train,dev,test}.tsv
+
+The walk: file -> lines -> documents -> Vocabulary.encode -> DIR/train.bin -> Corpus -> Blocks -> Batches -> (B, T) int64.
+A batch is a pure function of (seed, its keys (epoch, index)), so workers, ranks and restarts cannot change it.
+
+What prepare reads is yours to bring: UTF-8 text, a paragraph a line, a blank line between documents, in files or folders of
+files. The paper takes a books corpus and English Wikipedia (section 4.3), some 16 GB. Neither is fetched here: the books are
+no longer given out; for Wikipedia take a dump and any extractor that drops the mark-up and leaves articles apart by a blank line.
+Released text checkpoints know GPT-2's pieces in the order of a dict.txt: put encoder.json, vocab.bpe and dict.txt (or a hub's
+vocab.json and merges.txt) into a folder and give it as --vocab.
+"""
+
+import argparse
+import ast
+import base64
+import bisect
+import codecs
+import csv
+import hashlib
+import heapq
+import json
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import unittest.mock
+import uuid
+import zipfile
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from common import BadInput, run, save
+from data.images import batches, download, md5_of  # noqa: F401  (batches: for the train script, as it is)
+
+# Where GPT-2 cuts text into words before it merges (Radford et al. 2019): contractions, letters, digits, signs, each with
+# the space before it; and other white space.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+PIECE = 1 << 14                                   # characters handed to the tokeniser at once: its regex has a finite stack
+LINE = 1 << 20                                    # characters of a line kept in memory
+LONGEST = 100                                     # a longer word is no word, and teaches the vocabulary nothing
+MOST_WORDS = 5_000_000                            # distinct words counted at once, about 0.5 GB
+
+
+# ------------------------------------------------------------------------------------------------------- the vocabulary
+
+class Vocabulary:
+    """Byte-level BPE in RoBERTa's order: <s> 0, <pad> 1, </s> 2, <unk> 3, ordinary tokens from 4, <mask> last.
+
+    pieces: {bytes: id} in order of merging, all 256 single bytes first; an id of UNK says that the vocabulary lacks it.
+    size: number of ids; some may have no piece (released vocabularies are filled up), but they are never produced.
+    """
+
+    bos, pad, eos, unk = BOS, PAD, EOS, UNK
+
+    def __init__(self, pieces, size=None):
+        self.pieces, self.size = pieces, size or len(pieces) + len(SPECIAL) + 1
+        self.mask, self.special = self.size - 1, (BOS, PAD, EOS, UNK, self.size - 1)
+        self.ordinary = range(len(SPECIAL), self.size - 1)
+        self.ids = np.fromiter(pieces.values(), np.int64, len(pieces))              # rank of merging -> id
+        self.bpe = tiktoken.Encoding("data2vec", pat_str=WORDS, special_tokens={},
+                                     mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
+        self.bytes = {i: piece for piece, i in pieces.items() if i != UNK}
+        self.bytes |= {i: name.encode() for i, name in zip(self.special, (*SPECIAL, "<mask>"))}
+
+    def encode(self, text):
+        """-> list of ids, none of them special (UNK apart, if the vocabulary has holes). Raises BadInput for lone surrogates.
+
+        "<mask>" in a text is six characters like any others. More than 16384 characters are cut, at a space if there is one.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise BadInput(f"text: half a surrogate pair at character {e.start}, which no UTF-8 can say; mend the text") from None
+        ranks = [rank for piece in cut(text) for rank in self.bpe.encode_ordinary(piece)]
+        return self.ids[ranks].tolist()
+
+    def decode(self, ids):
+        """-> text; special tokens by their names, bytes that are not UTF-8 as the replacement character."""
+        return b"".join(self.bytes.get(int(i), SPECIAL[UNK].encode()) for i in ids).decode(errors="replace")
+
+    def save(self, path):
+        """A line with the size, then a line `base64 id` for each piece, in order of merging."""
+        with open(part := f"{path}.{uuid.uuid4().hex}", "w", encoding="ascii") as file:
+            file.write(f"data2vec vocabulary, ids: {self.size}\n")
+            file.writelines(f"{base64.b64encode(piece).decode()} {i}\n" for piece, i in self.pieces.items())
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path):
+        """What save() wrote. Raises BadInput."""
+        try:
+            with open(path, encoding="ascii") as file:
+                size = int(file.readline().removeprefix("data2vec vocabulary, ids: "))
+                rows = [line.split() for line in file]
+            return cls.checked({base64.b64decode(piece, validate=True): int(i) for piece, i in rows}, size, len(rows))
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{path}: not a vocabulary of this code ({why(e)}); prepare the text anew") from None
+
+    @classmethod
+    def checked(cls, pieces, size, count):
+        """-> Vocabulary, unless an id or a piece is missing, doubled or impossible. Raises ValueError."""
+        ids = [i for i in pieces.values() if i != UNK]
+        if len(pieces) != count or len(set(ids)) != len(ids) or not all(len(SPECIAL) <= i < size - 1 for i in ids):
+            raise ValueError(f"{count} pieces and {size} ids do not go together")
+        if {len(piece) for piece in list(pieces)[:256]} != {1} or len(pieces) < 256:
+            raise ValueError("the 256 single bytes do not come first")
+        return cls(pieces, size)
+
+    @classmethod
+    def from_files(cls, folder):
+        """GPT-2's encoder.json and vocab.bpe or a hub's vocab.json and merges.txt, and fairseq's dict.txt if it is there.
+
+        A vocab.json with <s> (RoBERTa's) gives the ids itself. GPT-2's own ids are moved up by 4, or to the line of dict.txt
+        (`<GPT-2 id> <count>`) that names them: id = line + 4, from line 0, <mask> behind the last. Raises BadInput.
+        """
+        found = [next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
+                 for names in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe"), ("dict.txt",))]
+        if not all(found[:2]):
+            raise BadInput(f"{folder}: no {'merges.txt or vocab.bpe' if found[0] else 'vocab.json or encoder.json'} in it; put both there")
+        names, merges, order = found
+        try:
+            with open(path := names, encoding="utf-8") as file:
+                known = json.load(file)
+            if not isinstance(known, dict) or not all(type(i) is int for i in known.values()):
+                raise ValueError("not {token: id}")
+            with open(path := merges, encoding="utf-8") as file:
+                lines = [line.rstrip("\r\n") for line in file]
+            if lines and lines[0].startswith("#version"):
+                del lines[0]
+            pairs = [line.split(" ") for line in lines if line]
+            if wrong := next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in known), None):
+                raise ValueError(f"{' '.join(wrong)!r} is no pair that makes a token of {os.path.basename(names)}")
+            letters = byte_letters()
+            spelled = dict.fromkeys([*letters.values(), *map("".join, pairs)])     # the order of merging
+            ids, size = {name: known.get(name, -1) for name in spelled}, None
+            path = names
+            if SPECIAL[0] in known:
+                size = max(known.values()) + 1
+                if [known.get(name) for name in (*SPECIAL, "<mask>")] != [0, 1, 2, 3, size - 1]:
+                    raise ValueError("its special tokens are not RoBERTa's: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last")
+            elif order:
+                with open(path := order, encoding="utf-8") as file:
+                    place = {line.split()[0]: i for i, line in enumerate(file, len(SPECIAL))}
+                ids = {name: place.get(str(i), -1) for name, i in ids.items()}
+                size = len(SPECIAL) + len(place) + 1
+            else:
+                ids = {name: i + len(SPECIAL) if i >= 0 else -1 for name, i in ids.items()}
+                size = len(SPECIAL) + 1 + max(known[name] for name in spelled if name in known) + 1
+            byte = {letter: b for b, letter in letters.items()}
+            pieces = {bytes(byte[c] for c in name): i if i >= 0 else UNK for name, i in ids.items()}
+            return cls.checked(pieces, size, len(spelled))
+        except (OSError, ValueError, IndexError, KeyError) as e:                   # KeyError: a letter that is no byte
+            raise BadInput(f"{path}: cannot be used as a vocabulary ({why(e)}); take it whole from its home") from None
+
+
+def byte_letters():
+    """-> {byte: letter}: how GPT-2's files write bytes. Printable ones as themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+def open_vocabulary(name):
+    """"gpt2", a file that save() wrote, or a folder: of from_files, or one that prepare wrote. Raises BadInput.
+
+    "gpt2" has GPT-2's own order; released text checkpoints want dict.txt's, so give a folder for these.
+    """
+    if name == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as e:                                         # no network; not what it should be
+            raise BadInput(f"--vocab gpt2: cannot be fetched ({why(e)}); run this once with a network, "
+                           "or give a folder with GPT-2's encoder.json and vocab.bpe, or a prepared one") from None
+        pieces = [gpt2.decode_single_token_bytes(rank) for rank in range(gpt2.max_token_value)]    # the last ends texts
+        return Vocabulary({piece: i for i, piece in enumerate(pieces, len(SPECIAL))})
+    if not os.path.exists(name):
+        raise BadInput(f"{name}: no such vocabulary; give gpt2, a file `vocab` of a prepared corpus, or a folder")
+    if os.path.isdir(name):
+        return Vocabulary.load(own) if os.path.isfile(own := os.path.join(name, "vocab")) else Vocabulary.from_files(name)
+    return Vocabulary.load(name)
+
+
+def why(error):
+    """-> the reason in one line, without the path."""
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return " ".join(reason.split())[:200]
+
+
+def cut(text):
+    """-> the text in pieces of at most PIECE characters, cut before the last space in each: words stay as they are."""
+    start = 0
+    while len(text) - start > PIECE:
+        space = text.rfind(" ", start + 1, start + PIECE)
+        end = space if space > 0 else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+# ------------------------------------------------------------------------------------- byte pairs: counting and merging
+
+def count_words(texts):
+    """Texts, read once -> {word: count}. Beyond MOST_WORDS distinct words, those seen once so far are forgotten."""
+    try:
+        import regex  # Python's own re knows no \p{L}
+    except ImportError:
+        raise BadInput("regex: tiktoken needs this package too, but it is not there; run `pip install regex`") from None
+    find, counts = regex.compile(WORDS).findall, Counter()
+    for text in texts:
+        counts.update(word for piece in cut(text) for word in find(piece) if len(word) <= LONGEST)
+        if len(counts) > MOST_WORDS:
+            counts = Counter({word: n for word, n in counts.items() if n > 1})
+    return counts
+
+
+def train_bpe(counts, n_pieces, show=False):
+    """{word: count} -> {bytes: rank}, at most n_pieces: 256 bytes, then, again and again, the commonest pair (Sennrich et al.
+    2016). Among equals the pair whose bytes sort first; pairs seen once are not merged, so the result may be shorter.
+
+    A pair that spells a piece made earlier from another pair becomes that piece: tiktoken, which goes by the bytes alone,
+    would merge it too. Only words that hold the merged pair are looked at, so that a step costs what it changes.
+    """
+    pieces = [bytes([b]) for b in range(256)]
+    number = {piece: i for i, piece in enumerate(pieces)}
+    words, weights = [list(word.encode()) for word in counts], list(counts.values())
+    pairs, where = Counter(), defaultdict(set)                                     # (a, b) -> count, words it may be in
+    for i, (word, n) in enumerate(zip(words, weights)):
+        for pair in pairwise(word):
+            pairs[pair] += n
+            where[pair].add(i)
+    heap = [(-n, pieces[a], pieces[b], a, b) for (a, b), n in pairs.items()]
+    heapq.heapify(heap)
+    with tqdm(total=n_pieces, initial=256, desc="vocabulary", unit=" pieces", disable=not show) as bar:
+        while heap and len(pieces) < n_pieces:
+            n, _, _, a, b = heapq.heappop(heap)
+            if -n != (now := pairs[a, b]):                                         # an old entry: it fell, or was merged
+                if now > 0:
+                    heapq.heappush(heap, (-now, pieces[a], pieces[b], a, b))
+                continue
+            if now < 2:
+                break
+            new = number.setdefault(pieces[a] + pieces[b], len(pieces))
+            if new == len(pieces):
+                pieces.append(pieces[a] + pieces[b])
+                bar.update()
+            change = Counter()
+            for i in where.pop((a, b)):
+                old = words[i]
+                words[i] = word = merge(old, a, b, new)
+                for pair in pairwise(old):
+                    change[pair] -= weights[i]
+                for pair in pairwise(word):
+                    change[pair] += weights[i]
+                    where[pair].add(i)
+            for (c, d), by in change.items():
+                pairs[c, d] += by
+                if by > 0:
+                    heapq.heappush(heap, (-pairs[c, d], pieces[c], pieces[d], c, d))
+    return number
+
+
+def merge(word, a, b, new):
+    """-> the list with each a, b, from the left, replaced by new."""
+    out, i = [], 0
+    while i < len(word):
+        if word[i] == a and i + 1 < len(word) and word[i + 1] == b:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+def train_vocabulary(texts, vocab_size, show=False):
+    """Texts, read once -> Vocabulary of at most vocab_size ids: 5 special ones, 256 bytes, merges. Raises BadInput."""
+    if not 5 + 256 <= vocab_size <= 1 << 20:
+        raise BadInput(f"--vocab_size {vocab_size}: must be at least 261 (256 bytes, 5 special tokens), at most {1 << 20}")
+    ranks = train_bpe(count_words(texts), vocab_size - 5, show)
+    return Vocabulary({piece: rank + len(SPECIAL) for piece, rank in ranks.items()})
+
+
+# -------------------------------------------------------------------------------------------- files -> prepared corpus
+
+def lines_of(path, bar=None):
+    """Lines of a UTF-8 file with their newline; CR LF becomes LF, a line of over a million characters comes in parts.
+    Never holds more than a few MB. Raises BadInput: the file, and the byte that is wrong."""
+    at, rest, text = 0, b"", ""
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(LINE):
+                rest += chunk
+                new, used = codecs.utf_8_decode(rest, "strict", False)             # up to the last whole character
+                text += new if at else new.removeprefix("\ufeff")
+                at, rest = at + used, rest[used:]
+                *lines, text = text.split("\n")
+                for line in lines:
+                    yield line.removesuffix("\r") + "\n"
+                if len(text) > LINE:
+                    space = text.rfind(" ", 1)
+                    yield text[:space] if space > 0 else text
+                    text = text[space:] if space > 0 else ""
+                if bar is not None:
+                    bar.update(len(chunk))
+        codecs.utf_8_decode(rest, "strict", True)
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path} byte {at + e.start}: not UTF-8 ({e.reason}); convert the file to UTF-8") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({why(e)}); mend it or leave it out") from None
+    if text:
+        yield text
+
+
+def documents_of(paths, show=False, desc=""):
+    """Yield (number, line) of the files, in order; the lines of a document, up to a blank line or the file's end, share one."""
+    total, number = sum(os.path.getsize(path) for path in paths), -1
+    with tqdm(total=total, unit="B", unit_scale=True, desc=desc, disable=not show) as bar:
+        for path in paths:
+            within, fresh = False, True                                            # a document has begun; a line begins here
+            for line in lines_of(path, bar):
+                if fresh and not line.strip():
+                    within = False
+                else:
+                    number += not within
+                    within = True
+                    yield number, line
+                fresh = line.endswith("\n")
+
+
+def find_texts(inputs):
+    """Files and folders -> sorted paths of files; hidden ones are passed over in folders. Raises BadInput."""
+    found = []
+    for place in inputs:
+        if os.path.isdir(place):
+            inside = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names]
+            inside = sorted(path for path in inside if "/." not in path[len(str(place)):].replace(os.sep, "/"))
+            if not inside:
+                raise BadInput(f"{place}: no files in it; put text files there")
+            found += inside
+        elif os.path.isfile(place):
+            found.append(str(place))
+        else:
+            raise BadInput(f"{place}: no such file or folder; give text files, or folders of them")
+    return found
+
+
+def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01, overwrite=False, show=True, source=None):
+    """Text files -> out/{vocab, train.bin, train.idx, valid.bin, valid.idx, meta.json}; returns meta. Raises BadInput.
+
+    *.bin: ids without special tokens, uint16 or uint32; *.idx: int64, where documents start and the last one ends.
+    The files appear when all is done, meta.json last. Without `valid` the first document and every 1 / valid_share-th
+    after it are held out. The vocabulary is learned from the training text, or opened (vocab: see open_vocabulary).
+    """
+    if os.path.exists(os.path.join(out, "meta.json")) and not overwrite:
+        raise BadInput(f"--out {out}: already holds a prepared corpus; add --overwrite, or choose another --out")
+    if not 0 < valid_share < 1:
+        raise BadInput(f"--valid_share {valid_share}: must lie between 0 and 1; it is the share of documents held out")
+    share, paths = Fraction(str(valid_share)), find_texts(inputs)
+    held_out = find_texts(valid) if valid else None
+    if held_out and (both := set(map(os.path.realpath, paths)) & set(map(os.path.realpath, held_out))):
+        raise BadInput(f"--valid {min(both)}: is part of --input, too; what is held out must not be trained on")
+
+    def split_of(number):
+        return "train" if held_out or math.ceil((number + 1) * share) == math.ceil(number * share) else "valid"
+
+    if vocab is None:
+        texts = (line for number, line in documents_of(paths, show, "counting words") if split_of(number) == "train")
+        vocabulary = train_vocabulary(texts, vocab_size, show)
+    else:
+        vocabulary = open_vocabulary(vocab)
+    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+    meta = {"version": 1, "dtype": np.dtype(dtype).name, "vocab_size": vocabulary.size, "inputs": list(map(str, paths)),
+            "command": " ".join(sys.argv), "source": source}
+    os.makedirs(part := os.path.join(out, f".part-{uuid.uuid4().hex}"))
+    try:
+        with open(os.path.join(part, "train.bin"), "wb") as one, open(os.path.join(part, "valid.bin"), "wb") as two:
+            files, bounds = {"train": one, "valid": two}, {"train": array("q"), "valid": array("q")}
+            for names, fixed in ((paths, None), (held_out or (), "valid")):
+                last, sizes = None, {split: file.tell() for split, file in files.items()}
+                for number, line in documents_of(names, show, f"encoding {fixed or 'train'}") if names else ():
+                    split = fixed or split_of(number)
+                    if number != last:
+                        bounds[split].append(sizes[split] // dtype().itemsize)
+                        last = number
+                    sizes[split] += files[split].write(np.array(vocabulary.encode(line), dtype).tobytes())
+            for split, file in files.items():
+                bounds[split].append(file.tell() // dtype().itemsize)
+                meta[split] = {"documents": len(bounds[split]) - 1, "tokens": bounds[split][-1]}
+                with open(os.path.join(part, f"{split}.idx"), "wb") as idx:
+                    bounds[split].tofile(idx)
+        if not meta["train"]["documents"] or held_out and not meta["valid"]["documents"]:
+            if meta["valid"]["documents"] and not held_out:
+                raise BadInput(f"{paths[0]}: a single document, and none can be held out; part documents by blank lines, or give --valid")
+            raise BadInput(f"{(held_out if meta['train']['documents'] else paths)[0]}: no text in it")
+        vocabulary.save(os.path.join(part, "vocab"))
+        if overwrite and os.path.exists(old := os.path.join(out, "meta.json")):
+            os.remove(old)
+        for name in ("vocab", "train.bin", "train.idx", "valid.bin", "valid.idx"):
+            os.replace(os.path.join(part, name), os.path.join(out, name))
+        save(Path(out, "meta.json"), meta)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return meta
+
+
+# --------------------------------------------------------------------------------------------- Corpus, Blocks, Batches
+
+class Corpus:
+    """Documents as ids without special tokens. tokens: (N,) unsigned ints, mapped from disk or in memory; bounds: (n + 1,)
+    int64, document i is tokens[bounds[i]:bounds[i + 1]]. Pickled by its path, should it have one."""
+
+    def __init__(self, tokens, bounds, stem=None):
+        self.tokens, self.bounds, self.stem = tokens, bounds, stem
+
+    @classmethod
+    def open(cls, stem, dtype):
+        """`stem`.bin and `stem`.idx. Raises BadInput."""
+        try:
+            tokens, bounds = np.memmap(f"{stem}.bin", dtype, "r"), np.memmap(f"{stem}.idx", np.int64, "r")
+        except (OSError, ValueError) as e:                                         # ValueError: empty, or cut within a number
+            raise BadInput(f"{stem}.bin or .idx: cannot be read ({why(e)}); prepare the text anew") from None
+        if len(bounds) < 2 or bounds[0] or bounds[-1] != len(tokens) or (np.diff(bounds) <= 0).any():
+            raise BadInput(f"{stem}.idx: does not fit {stem}.bin, one of them is damaged; prepare the text anew")
+        return cls(tokens, bounds, (stem, dtype))
+
+    def __reduce__(self):
+        return (Corpus.open, self.stem) if self.stem else (Corpus, (self.tokens, self.bounds))
+
+    def __len__(self):
+        return len(self.bounds) - 1
+
+    def document(self, i):
+        """-> (n,) ids of document i, read-only."""
+        return self.tokens[self.bounds[i]:self.bounds[i + 1]]
+
+
+class Blocks:
+    """A corpus as blocks of at most max_tokens: <s>, then whole documents, each with </s> behind it (the paper's "complete
+    documents", section 4.3). load(i) -> (n,) int64.
+
+    Documents stay in order and fill a block while they fit. One that is longer than a block starts a new one, and is cut into
+    full blocks, each with <s> and </s> of its own; what remains of it starts a block that the next documents may fill.
+    bounds: (blocks + 1,) int64, where blocks start in the corpus's tokens.
+    """
+
+    def __init__(self, corpus, max_tokens=512):
+        if max_tokens < 3:
+            raise BadInput(f"--max_tokens {max_tokens}: must be at least 3, <s>, a token and </s>")
+        self.corpus, room = corpus, max_tokens - 1                                 # beside <s>
+        ends = np.asarray(corpus.bounds) + np.arange(len(corpus.bounds))           # the same with a </s> for each document
+        cost, at, bounds = memoryview(ends), 0, array("q", [0])
+        start, total = 0, len(corpus.tokens)                                       # document `at`, token `start`
+        while start < total:
+            last = bisect.bisect_right(cost, start + at + room, lo=at) - 1         # documents before it fit as a whole
+            if last > at:
+                at, start = last, int(corpus.bounds[last])
+            else:
+                start += min(room - 1, int(corpus.bounds[at + 1]) - start)         # a piece and its </s>
+                at += start == corpus.bounds[at + 1]
+            bounds.append(start)
+        self.bounds = np.frombuffer(bounds, np.int64)
+
+    def __len__(self):
+        return len(self.bounds) - 1
+
+    def load(self, i):
+        """-> (n,) int64: <s> ... </s>, with </s> also where a document ends within."""
+        start, end = self.bounds[i], self.bounds[i + 1]
+        inside = slice(*np.searchsorted(self.corpus.bounds, [start, end], side="right"))
+        ends = np.union1d(self.corpus.bounds[inside], end) - start                 # of documents, and of the block
+        ids = self.corpus.tokens[start:end].astype(np.int64)
+        return np.concatenate([[BOS], np.insert(ids, ends, EOS)])
+
+
+class Batches(torch.utils.data.Dataset):
+    """batches[[(epoch, index), ...]] -> dict(tokens (B, T) int64, the text, padded with <pad>; corrupted (B, T) int64, what the
+    student sees; mask (B, T) bool, True = scored), for DataLoader(batch_size=None, sampler=batches(len(blocks), ...)).
+
+    masker(ids (n,) int64, rng) -> corrupted (n,), mask (n,), as in masking.bert_mask; rng is seeded by [seed, epoch, index].
+    Without a masker, corrupted is tokens and nothing is scored.
+    """
+
+    def __init__(self, blocks, seed, masker=None):
+        self.blocks, self.seed, self.masker = blocks, seed, masker
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, keys):
+        texts = [self.blocks.load(index) for _, index in keys]
+        shape = len(texts), max(map(len, texts))
+        tokens, mask = torch.full(shape, PAD), torch.zeros(shape, dtype=torch.bool)
+        corrupted = tokens.clone()
+        for row, ((epoch, index), ids) in enumerate(zip(keys, texts)):
+            rng = np.random.default_rng([self.seed, epoch, index])
+            changed, hidden = self.masker(ids, rng) if self.masker else (ids, np.zeros(len(ids), bool))
+            tokens[row, :len(ids)] = torch.from_numpy(ids)
+            corrupted[row, :len(ids)] = torch.as_tensor(changed)
+            mask[row, :len(ids)] = torch.as_tensor(hidden)
+        return {"tokens": tokens, "corrupted": corrupted, "mask": mask}
+
+
+def open_corpus(path, vocab_size=8192, vocab=None, show=True):
+    """A folder that prepare wrote -> (train Corpus, valid Corpus, Vocabulary). Raises BadInput.
+
+    A folder of plain text, train.txt and valid.txt (without it 1 % of train.txt's documents), is prepared into a hidden folder
+    in it, else among the user's caches, once for each vocabulary. Of many processes let one call this first.
+    """
+    if not os.path.isdir(path):
+        raise BadInput(f"{path}: no such folder; give one that `python -m data.text prepare` wrote, or one with train.txt")
+    if os.path.isfile(os.path.join(path, "meta.json")):
+        return read_corpus(path)
+    texts = [text for name in ("train.txt", "valid.txt") if os.path.isfile(text := os.path.join(path, name))]
+    if not texts or not texts[0].endswith("train.txt"):
+        raise BadInput(f"{path}: neither meta.json nor train.txt in it; run `python -m data.text prepare` on your text first")
+    stats = [os.stat(text) for text in texts]
+    source = [vocab or vocab_size, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
+    name = hashlib.sha256(json.dumps([os.path.abspath(path), vocab or vocab_size]).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    places = os.path.join(path, f".data2vec-text-{name}"), os.path.join(home, "data2vec", f"text-{name}")
+    for place in places:
+        try:
+            with open(os.path.join(place, "meta.json"), encoding="utf-8") as file:
+                if json.load(file)["source"] == source:
+                    return read_corpus(place)
+        except (OSError, ValueError, TypeError, KeyError, BadInput):               # absent, old or damaged: prepared anew
+            pass
+    for place in places:
+        try:
+            os.makedirs(place, exist_ok=True)
+            print(f"{path}: plain text; prepared into {place}", file=sys.stderr) if show else None
+            prepare(texts[:1], place, vocab_size, vocab, texts[1:], overwrite=True, show=show, source=source)
+            return read_corpus(place)
+        except OSError as e:
+            failed = e
+    raise BadInput(f"{path}: plain text, and neither {places[0]} nor {places[1]} can be written ({why(failed)}); prepare it elsewhere")
+
+
+def read_corpus(folder):
+    """-> (train Corpus, valid Corpus, Vocabulary) of what prepare wrote. Raises BadInput."""
+    place = os.path.join(folder, "meta.json")
+    try:
+        with open(place, encoding="utf-8") as file:
+            meta = json.load(file)
+        dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]]
+        counts = [meta[split]["tokens"] for split in ("train", "valid")]
+        size = meta["vocab_size"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise BadInput(f"{place}: not of a prepared corpus, or damaged ({why(e)}); prepare the text anew") from None
+    vocabulary = Vocabulary.load(os.path.join(folder, "vocab"))
+    train, valid = (Corpus.open(os.path.join(folder, split), dtype) for split in ("train", "valid"))
+    if vocabulary.size != size or counts != [len(train.tokens), len(valid.tokens)]:
+        raise BadInput(f"{place}: does not fit the files beside it; prepare the text anew")
+    return train, valid, vocabulary
+
+
+# ------------------------------------------------------------------------------------------------------ the made corpus
+
+LIBRARY = ("asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "email", "html", "http", "importlib", "json",
+           "logging", "multiprocessing", "os", "sqlite3", "tkinter", "unittest", "urllib", "wsgiref", "xml", "xmlrpc", "zoneinfo")
+
+
+def made_corpus(vocab_size=2048):
+    """-> (train Corpus, valid Corpus, Vocabulary): English that every Python carries, nothing is fetched or written.
+
+    The language reference's topics (pydoc_data), a document each, and the docstrings of the standard library's modules, a
+    document for each module; they are read, not imported. About 2 MB and seconds; a tenth, chosen by hash, is held out. The same
+    each time, but other Pythons carry other text: compare runs of one version. Raises BadInput if the Python carries too little.
+    """
+    documents, seen = [], set()
+    for text in [*made_topics(), *made_docstrings()]:
+        fresh = [part for part in text if part not in seen and not seen.add(part)]         # a docstring counts once
+        if sum(map(len, fresh)) >= 200:
+            documents.append("\n".join(fresh) + "\n")
+    if sum(map(len, documents)) < 200_000:
+        raise BadInput("made corpus: this Python comes without its documentation and sources; give a folder of text instead")
+    parts = {split: [text for text in documents if (zlib.crc32(text.encode()) % 10 == 0) == (split == "valid")] for split in
+             ("train", "valid")}
+    vocabulary = train_vocabulary(parts["train"], vocab_size)
+    sets = []
+    for texts in parts.values():
+        ids = [np.array(vocabulary.encode(text), np.uint16 if vocabulary.size <= 1 << 16 else np.uint32) for text in texts]
+        sets.append(Corpus(np.concatenate(ids), np.cumsum([0, *map(len, ids)])))
+    return (*sets, vocabulary)
+
+
+def made_topics():
+    """-> lists of one text: the topics of Python's help()."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:                                                            # some systems leave it out
+        return []
+    return [[topics[name].strip()] for name in sorted(topics)]
+
+
+def made_docstrings():
+    """Yield lists of texts, a list for each module of the standard library."""
+    root = sysconfig.get_paths()["stdlib"]
+    folders = [root, *(os.path.join(root, name) for name in LIBRARY)]
+    paths = [os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in sorted(os.listdir(folder))]
+    for path in paths:
+        if path.endswith(".py") and os.path.isfile(path):
+            try:
+                with open(path, "rb") as file:
+                    tree = ast.parse(file.read())
+            except (OSError, SyntaxError, ValueError):                             # not one that this Python runs
+                continue
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            yield [text.strip() for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+
+
+# ------------------------------------------------------------------------------------------------------ GLUE: the tasks
+
+class Task(NamedTuple):
+    """classes: names of the labels, () for a number; metrics: names in METRICS, the first one counts; columns: sentence1,
+    sentence2 or None, label; dev: the splits to measure on; archive: what to fetch."""
+    classes: tuple
+    metrics: tuple
+    columns: tuple
+    dev: tuple = ("dev",)
+    archive: str = ""
+
+
+TASKS = {                                        # SPEC section 5; the paper leaves WNLI out
+    "CoLA": Task(("0", "1"), ("matthews",), ("sentence", None, "label"), archive="CoLA.zip"),
+    "SST-2": Task(("0", "1"), ("accuracy",), ("sentence", None, "label"), archive="SST-2.zip"),
+    "MRPC": Task(("0", "1"), ("accuracy", "f1"), ("#1 String", "#2 String", "Quality")),
+    "STS-B": Task((), ("pearson", "spearman"), ("sentence1", "sentence2", "score"), archive="STS-B.zip"),
+    "QQP": Task(("0", "1"), ("accuracy", "f1"), ("question1", "question2", "is_duplicate"), archive="QQP-clean.zip"),
+    "MNLI": Task(("contradiction", "neutral", "entailment"), ("accuracy",), ("sentence1", "sentence2", "gold_label"),
+                 ("dev_matched", "dev_mismatched"), "MNLI.zip"),
+    "QNLI": Task(("entailment", "not_entailment"), ("accuracy",), ("question", "sentence", "label"), archive="QNLIv2.zip"),
+    "RTE": Task(("entailment", "not_entailment"), ("accuracy",), ("sentence1", "sentence2", "label"), archive="RTE.zip"),
+}
+COLA = ["source", "label", "mark", "sentence"]   # the columns of its files, which do not say so
+
+
+class Examples(NamedTuple):
+    """rows: (sentence1, sentence2 or None, label), the label an index into the task's classes, a float, or None in a test
+    split that has none; lines: where each row begins in the file; bad: "file line n: reason" of rows that were passed over."""
+    rows: list
+    lines: list
+    bad: list
+
+
+def open_task(folder, name):
+    """-> Task, {split: Examples}: train and the task's dev splits. Raises BadInput.
+
+    name: one of TASKS, in any case; or a task of yours, a folder with train.tsv and dev.tsv (quoting off) or train.csv and
+    dev.csv (quoting on) with columns sentence, or sentence1 and sentence2, and label. If all labels of train are numbers, and
+    not all are whole, it is a regression (Pearson, Spearman), else the sorted labels of train are its classes (accuracy).
+    """
+    known = {task.lower(): task for task in TASKS}
+    name = known.get(name.lower(), name)
+    task = TASKS.get(name) or own_task(find_split(folder, name, "train"))
+    return task, {split: read_task(folder, name, split, task) for split in ("train", *task.dev)}
+
+
+def own_task(path):
+    """-> the Task that the header and the labels of a training file make. Raises BadInput."""
+    header, rows = read_table(path)
+    if "label" not in header or not {"sentence", "sentence1"} & {*header}:
+        raise BadInput(f"{path}: its columns are {', '.join(header)[:100]}; it needs label, and sentence, or sentence1 and sentence2")
+    labels = {row[header.index("label")].strip() for _, row in rows if len(row) == len(header)} - {""}
+    columns = ("sentence", None, "label") if "sentence" in header else ("sentence1", "sentence2", "label")
+    numbers = [number_of(label) for label in labels]
+    if numbers and None not in numbers and any(number != int(number) for number in numbers):
+        return Task((), ("pearson", "spearman"), columns)
+    whole = None not in numbers
+    return Task(tuple(sorted(labels, key=float if whole else None)), ("accuracy",), columns)
+
+
+def number_of(text):
+    """-> float, or None if the text is no finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def find_split(folder, name, split):
+    """-> path of a split's file. Raises BadInput."""
+    places = [os.path.join(folder, *inside, split + end) for inside in ((name,), ()) for end in (".tsv", ".csv")]
+    found = next((place for place in places if os.path.isfile(place)), None)
+    if not found:
+        raise BadInput(f"{places[0]}: no such file; `python -m data.text glue` fetches GLUE's, or write one (.tsv or .csv)")
+    return found
+
+
+def read_table(path, header=None):
+    """-> names of the columns, [(line number, row)]; .tsv has no quoting, .csv has. Empty lines are left out. Raises BadInput."""
+    rows, lines, last = [], lines_of(path), 0
+    try:
+        if path.endswith(".csv"):
+            table = csv.reader(lines, strict=True)
+            for row in table:
+                rows.append((last + 1, row))
+                last = table.line_num
+        else:
+            rows = [(i, line.rstrip("\n").split("\t")) for i, line in enumerate(lines, 1)]
+    except csv.Error as e:
+        raise BadInput(f"{path} line {last + 1}: not CSV ({e}); mend the line") from None
+    rows = [(i, row) for i, row in rows if any(map(str.strip, row))]
+    if not rows:
+        raise BadInput(f"{path}: empty; there is nothing to read")
+    if header is None or rows[0][1] == ["index", "sentence"]:                      # so CoLA's test file begins
+        header = [name.strip() for name in rows.pop(0)[1]]
+    return header, rows
+
+
+def read_task(folder, name, split, task=None):
+    """-> Examples of folder/name/split.tsv (or .csv, or the file in the folder itself); task: by default TASKS[name].
+
+    Rows that cannot be used are collected in `bad`; BadInput if none is left, or the file or a column is missing.
+    """
+    task, path = task or TASKS[name], find_split(folder, name, split)
+    header, table = read_table(path, COLA if name == "CoLA" else None)
+    first, second, label = (header.index(column) if column in header else None for column in task.columns)
+    if first is None or (second is None) != (task.columns[1] is None) or (label is None and split.startswith(("train", "dev"))):
+        missing = [column for column in task.columns if column and column not in header]
+        raise BadInput(f"{path}: no column {missing[0]}; its columns are {', '.join(header)[:100]}")
+    out = Examples([], [], [])
+    for line, row in table:
+        value, wrong = None, ""
+        if len(row) != len(header):
+            wrong = f"{len(row)} columns instead of {len(header)}"
+        elif not row[first].strip() or second is not None and not row[second].strip():
+            wrong = "an empty sentence"
+        elif label is not None and not (text := row[label].strip()):
+            wrong = "no label"
+        elif label is not None:
+            value = number_of(text) if not task.classes else task.classes.index(text) if text in task.classes else None
+            if value is None:
+                wrong = f"label {text[:40]!r} is " + (f"none of {', '.join(task.classes)[:100]}" if task.classes else "no number")
+        if wrong:
+            out.bad.append(f"{path} line {line}: {wrong}")
+        else:
+            out.rows.append((row[first].strip(), None if second is None else row[second].strip(), value))
+            out.lines.append(line)
+    if not out.rows:
+        raise BadInput(f"{out.bad[0]}; nor can any other of its {len(table)} rows be used" if out.bad else f"{path}: no rows")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- metrics, of numpy arrays
+
+def accuracy(predicted, labels):
+    """Share of equal ones."""
+    return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
+
+
+def f1(predicted, labels):
+    """Of class 1, harmonic mean of precision and recall; 0 if there is no true positive."""
+    p, t = np.asarray(predicted) == 1, np.asarray(labels) == 1
+    return float(2 * (p & t).sum() / max(1, p.sum() + t.sum()))
+
+
+def matthews(predicted, labels):
+    """Correlation of two classes 0 and 1; 0 if one side has one class only."""
+    return pearson(np.asarray(predicted) == 1, np.asarray(labels) == 1)            # Matthews' is Pearson's of 0 and 1
+
+
+def pearson(predicted, labels):
+    """Linear correlation; 0 if one side is constant."""
+    a, b = (np.asarray(x, np.float64) - np.mean(np.asarray(x, np.float64)) for x in (predicted, labels))
+    scale = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale > 0 else 0.0
+
+
+def spearman(predicted, labels):
+    """Correlation of ranks; equal values share the mean of theirs."""
+    return pearson(*(ranks(x) for x in (predicted, labels)))
+
+
+def ranks(x):
+    """-> (n,) float64, from 1; equal values get their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts + 1) / 2)[inverse.ravel()]
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
+
+
+# ------------------------------------------------------------------------------------------ python -m data.text glue
+
+GLUE_URL = "https://dl.fbaipublicfiles.com"
+MRPC_FILES = {"train": "senteval/senteval_data/msr_paraphrase_train.txt", "test": "senteval/senteval_data/msr_paraphrase_test.txt",
+              "dev": "glue/data/mrpc_dev_ids.tsv"}
+ANY = unittest.mock.ANY                          # equals every md5: GLUE's home publishes none
+
+
+def fetch(url, path, md5):
+    """Fetch a file unless it is there; the md5 is checked if one is given. Raises BadInput."""
+    if not os.path.exists(path):
+        download(url, path, md5 or ANY)
+    elif md5 and md5_of(path) != md5:
+        raise BadInput(f"{path}: its md5 is not {md5}; remove it and run this again")
+
+
+def glue(out, name, url, md5=None):
+    """Fetch a task of GLUE unless it is there already, and leave it as out/name/*.tsv. Raises BadInput.
+
+    A zip says itself whether it is whole (the CRC of each file). Of MRPC, whose files are not in a zip, `md5` is train's.
+    """
+    target = os.path.join(out, name)
+    if os.path.isdir(target):
+        return
+    part = os.path.join(out, f".{name}.part")                                      # hidden until whole
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    try:
+        mrpc(out, part, url, md5) if name == "MRPC" else unzip(out, name, part, url, md5)
+        for split in ("train", *TASKS[name].dev):
+            read_task(part, name, split)                                           # it is what it should be
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def unzip(out, name, part, url, md5):
+    """Write the archive's {train,dev*,test*}.tsv into `part`; its other names are not looked at, so none leads outside."""
+    archive = os.path.join(out, TASKS[name].archive)
+    fetch(f"{url.rstrip('/')}/glue/data/{TASKS[name].archive}", archive, md5)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            inside = {member.filename.rpartition("/")[2]: member for member in file.infolist() if member.filename.count("/") == 1}
+            for split in ("train", "test", "test_matched", "test_mismatched", *TASKS[name].dev):
+                if member := inside.get(f"{split}.tsv"):
+                    with file.open(member) as source, open(os.path.join(part, f"{split}.tsv"), "wb") as target:
+                        shutil.copyfileobj(source, target)                         # raises BadZipFile for a wrong CRC
+                elif not split.startswith("test"):
+                    raise ValueError(f"no {name}/{split}.tsv in it")
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as e:
+        raise BadInput(f"{archive}: not GLUE's {name}, or damaged ({why(e)}); remove it and run this again") from None
+
+
+def mrpc(out, part, url, md5):
+    """Write MRPC's train, dev and test.tsv into `part`: dev is those pairs of ids in the original training file that GLUE's
+    mrpc_dev_ids.tsv lists (408 of 4076)."""
+    places = {split: os.path.join(out, os.path.basename(file)) for split, file in MRPC_FILES.items()}
+    for split, file in MRPC_FILES.items():
+        fetch(f"{url.rstrip('/')}/{file}", places[split], md5 if split == "train" else None)
+    dev, written = {tuple(line.split()) for line in lines_of(places["dev"])}, Counter()
+    for split in ("train", "test"):
+        header, *lines = lines_of(places[split])
+        with open(os.path.join(part, f"{split}.tsv"), "w", encoding="utf-8", newline="\n") as file, \
+                open(os.path.join(part, "dev.tsv"), "a", encoding="utf-8", newline="\n") as held_out:
+            file.write(header)
+            held_out.write(header if split == "train" else "")
+            for line in lines:
+                listed = split == "train" and tuple(line.split("\t")[1:3]) in dev
+                written[split, listed] += 1
+                (held_out if listed else file).write(line)
+    if not written["train", True] == len(dev) > 0:
+        raise BadInput(f"{places['dev']}: {written['train', True]} of its {len(dev)} pairs are in {places['train']}; "
+                       "remove both and run this again")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m data.text", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = commands.add_parser("prepare", help="plain text -> tokens on disk", formatter_class=argparse.RawTextHelpFormatter)
+    text.add_argument("--input", nargs="+", required=True, help="UTF-8 text files, or folders of them; a blank line ends a document")
+    text.add_argument("--out", required=True, help="folder to write vocab, {train,valid}.{bin,idx} and meta.json to")
+    text.add_argument("--vocab_size", type=int, default=8192, help="ids of a vocabulary to learn from the text, 261 or more;\n"
+                      "the paper's has 50265, which wants gigabytes of text")
+    text.add_argument("--vocab", help="gpt2, or a prepared vocabulary, or a folder with GPT-2's or RoBERTa's files, instead")
+    text.add_argument("--valid", nargs="+", default=[], help="text files to hold out; else --valid_share of the documents")
+    text.add_argument("--valid_share", type=float, default=0.01, help="share of the documents to hold out, spread evenly")
+    text.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
+    tasks = commands.add_parser("glue", help="download GLUE's tasks", formatter_class=argparse.RawTextHelpFormatter)
+    tasks.add_argument("--out", required=True, help="folder to write TASK/ to; the archives are kept beside it,\n"
+                       "and are of no use once they are unpacked")
+    tasks.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
+    tasks.add_argument("--md5", nargs="+", default=[], help="of the archives, in the order of --tasks; GLUE's home publishes none,\n"
+                       "and without it the archives' own checksums are all that is checked")
+    tasks.add_argument("--url", default=GLUE_URL, help=argparse.SUPPRESS)          # for tests and mirrors
+    args = parser.parse_args()
+    try:
+        if args.command == "prepare":
+            meta = prepare(args.input, args.out, args.vocab_size, args.vocab, args.valid, args.valid_share, args.overwrite)
+            print(f"{args.out}: {meta['vocab_size']} ids;", "; ".join("{}: {documents} documents, {tokens} tokens".format(
+                split, **meta[split]) for split in ("train", "valid")))
+            return
+        if unknown := [name for name in args.tasks if name not in TASKS]:
+            raise BadInput(f"--tasks {unknown[0]}: no such task; choose from {', '.join(TASKS)}")
+        for i, name in enumerate(args.tasks):
+            os.makedirs(args.out, exist_ok=True)
+            glue(args.out, name, args.url, args.md5[i].lower() if i < len(args.md5) else None)
+            print(f"{os.path.join(args.out, name)}: there")
+    except OSError as e:
+        raise BadInput(f"{args.out}: cannot be written ({e}); make room there or give another --out") from e
+
+
+if __name__ == "__main__":
+    run(main)
