@@ -1,13 +1,14 @@
 """masking.py against its own rules, restated cell by cell, and against the released generator's statistics."""
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from masking import block_mask
+from masking import block_mask, span_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "mask_stats_and_schedule.pt"
 GRIDS = [(14, 14), (8, 8), (4, 4), (5, 11), (13, 3), (2, 3), (1, 7), (1, 1)]
@@ -89,3 +90,116 @@ def test_is_a_function_of_the_generator_alone():
     np.random.seed(1)
     assert torch.equal(first, draw(5)) and not torch.equal(first, draw(6))
     assert not torch.equal(first[0], first[1]), "rows of one batch are independent"
+
+
+# ---- spans of speech -----------------------------------------------------------------------------------------------
+
+
+def runs(row):
+    """Lengths of the runs of True in a list."""
+    lengths = [0]
+    for hidden in row:
+        lengths = [*lengths[:-1], lengths[-1] + 1] if hidden else [*lengths, 0]
+    return [n for n in lengths if n]
+
+
+def naive_span_mask(lengths, p, span, rng):
+    """Without trimming: one row, one span at a time. Draws from rng what span_mask draws."""
+    extra = rng.random()
+    draws = rng.random((len(lengths), max(lengths)), dtype=np.float32)
+    mask = [[False] * max(lengths) for _ in lengths]
+    for row, n, dice in zip(mask, lengths, draws.tolist()):
+        size = max(1, min(span, n - 1))
+        starts = sorted(range(n - size + 1), key=lambda t: dice[t])
+        count = min(max(1, int(p * n / span + extra)), len(starts))
+        for start in starts[:count]:
+            for t in range(start, start + size):
+                row[t] = True
+    return mask
+
+
+@pytest.mark.parametrize("p, span", [(0.65, 10), (0.65, 1), (0.3, 4), (1.0, 3), (0.001, 10)])
+def test_spans_follow_their_rules_frame_by_frame(p, span):
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).integers(1, 70, 6)
+        mask = span_mask(lengths, p, span, np.random.default_rng(seed), equal=False)
+        expected = naive_span_mask(lengths.tolist(), p, span, np.random.default_rng(seed))
+        assert mask.dtype == torch.bool and mask.tolist() == expected
+
+
+@pytest.mark.parametrize("length, batch", [(499, 8), (250, 8), (781, 4)])
+def test_spans_hide_as_much_as_the_released_generator(length, batch):
+    released = torch.load(GOLDEN, weights_only=True)[f"audio_T{length}_B{batch}_p0.65_len10"]
+    rng, masks = np.random.default_rng(0), 500
+    share = torch.cat([span_mask(np.full(batch, length), 0.65, 10, rng).double().mean(1)[:1] for _ in range(masks)])
+    error = released["std"] * math.sqrt(1 / masks + 1 / 150)  # of the difference: the file's mean is of 150 masks or more
+    assert share.mean().item() == pytest.approx(released["mean"], abs=3 * error)
+    assert share.std().item() == pytest.approx(released["std"], rel=0.2)
+    assert released["min"] - 0.04 < share.min() and share.max() < released["max"] + 0.04
+
+
+LENGTHS = np.array([120, 40, 11, 10, 9, 2, 1])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_spans_never_lie_in_the_padding_and_every_row_has_some(equal):
+    for seed in range(100):
+        mask = span_mask(LENGTHS, 0.65, 10, np.random.default_rng(seed), equal)
+        assert mask.shape == (7, 120) and mask.any(1).all()
+        assert not mask[torch.arange(120)[None] >= torch.from_numpy(LENGTHS)[:, None]].any()
+
+
+def test_equal_rows_hide_as_much_as_the_one_that_hides_least():
+    lengths = np.array([120, 90, 100, 60])
+    for seed in range(50):
+        rows = span_mask(lengths, 0.65, 10, np.random.default_rng(seed), equal=False)
+        trimmed = span_mask(lengths, 0.65, 10, np.random.default_rng(seed), equal=True)
+        assert trimmed.sum(1).tolist() == [rows.sum(1).min()] * 4
+        assert not (trimmed & ~rows).any(), "trimming only shows, it never hides"
+
+
+def test_untrimmed_runs_are_whole_spans():
+    many, one = (span_mask(np.full(200, 300), p, 10, np.random.default_rng(0), equal=False).tolist() for p in (0.65, 0.01))
+    found = [n for row in many for n in runs(row)]
+    assert min(found) == 10 and max(found) > 20, "spans may meet and overlap"
+    assert [runs(row) for row in one] == [[10]] * 200
+
+
+def test_longer_rows_of_a_padded_batch_hide_more():
+    counts = sum(span_mask(np.array([400, 100]), 0.65, 10, np.random.default_rng(s), equal=False).sum(1) for s in range(50))
+    assert 3 < counts[0] / counts[1] < 5
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_rows_shorter_than_a_span_keep_something_visible(length):
+    for seed in range(20):
+        mask = span_mask(np.full(4, length), 0.65, 10, np.random.default_rng(seed))
+        assert (mask.sum(1) >= 1).all() and ((mask.sum(1) < length).all() or length == 1)
+
+
+def test_every_frame_is_hidden_sometimes_and_the_ends_least():
+    often = span_mask(np.full(2000, 60), 0.65, 10, np.random.default_rng(0), equal=False).double().mean(0)
+    assert often.min() > 0.05 and often.max() < 0.8
+    assert often[0] < often[20:40].min() and often[-1] < often[20:40].min(), "a span must fit within the row"
+
+
+def test_spans_are_a_function_of_the_generator_alone():
+    def draw(seed):
+        return span_mask(np.array([200, 150]), 0.65, 10, np.random.default_rng(seed))
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = draw(5)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(first, draw(5)) and not torch.equal(first, draw(6))
+    assert not torch.equal(first[0], first[1]), "rows of one batch are independent"
+
+
+def test_spans_of_a_large_batch_take_milliseconds():
+    rng, seconds = np.random.default_rng(0), []
+    for _ in range(5):
+        started = time.perf_counter()
+        span_mask(np.full(64, 999), 0.65, 10, rng)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05

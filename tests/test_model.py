@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
-    Attention, Block, Classifier, Encoder, Student, Teacher, regression_head, relative_index, resize_positions,
-    vision_encoder,
+    CONVS, Attention, Block, Classifier, Encoder, Recogniser, Student, Teacher, convolve, linear_softmax, regression_head,
+    relative_index, resize_positions, speech_encoder, vision_encoder,
 )  # fmt: skip
+from targets import top_k_average
 
 TARGETS = ("block", "ffn", "ffn_residual", "attention")
 
@@ -550,3 +551,281 @@ def test_an_update_is_a_handful_of_operations_whatever_the_depth(shared):
         counts.append(sum(kernels.names.values()))
         assert counts[-1] <= 4, kernels.names
     assert counts[0] == counts[1]
+
+
+# ---- speech --------------------------------------------------------------------------------------------------------
+
+
+def wav2vec(depth=2, dim=16, channels=8, **changes):
+    convs = tuple((channels, kernel, stride) for _, kernel, stride in CONVS)
+    options = dict(dim=dim, depth=depth, heads=2, ffn=2 * dim, convs=convs, kernel=3, pos_depth=2, groups=4)
+    return speech_encoder(**options | changes)
+
+
+def test_there_are_as_many_frames_as_the_convolutions_leave():
+    encoder = wav2vec()
+    lengths = list(range(400, 2400)) + [16_000, 320_000, 3_800_000]
+    expected = []
+    for n in lengths:
+        for kernel, stride in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)):
+            n = math.floor((n - kernel) / stride + 1)
+        expected.append(n)
+    assert [encoder.embed.frames(n) for n in lengths] == encoder.embed.frames(torch.tensor(lengths)).tolist() == expected
+    assert [encoder.embed.frames(n) for n in (399, 400, 719, 720, 16_000)] == [0, 1, 1, 2, 49], "25 ms, then 20 ms a frame"
+    for n in (400, 719, 720, 721, 1039, 1040, 2047):
+        assert encoder(torch.randn(2, n))[0].shape == (2, encoder.embed.frames(n), 16)
+
+
+def test_a_frame_sees_400_samples_and_the_next_begins_320_later():
+    embed = scramble(wav2vec()).embed
+    for t in range(4):
+        waves = torch.randn(1, 400 + 3 * 320, requires_grad=True)
+        embed(waves)[0][0, t].square().sum().backward()
+        seen = waves.grad[0].nonzero().flatten()
+        assert (seen[0], seen[-1], len(seen)) == (320 * t, 320 * t + 399, 400)
+
+
+def naive_convolve(conv, norm, x):
+    """(B, N, C): one output frame at a time, then a layer norm over channels and GELU."""
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
+    frames = [
+        torch.einsum("bkc, ock -> bo", x[:, start : start + kernel], conv.weight)
+        for start in range(0, x.shape[1] - kernel + 1, stride)
+    ]
+    y = torch.stack(frames, 1)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    return 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("matrices", [False, True], ids=["Conv1d", "matrices"])
+@pytest.mark.parametrize("kernel, stride", [(10, 5), (3, 2), (2, 2), (5, 2), (4, 3), (1, 1), (3, 1)])
+def test_both_ways_to_convolve_are_that_of_a_loop(kernel, stride, matrices, monkeypatch):
+    """The way of a CPU in bfloat16 is taken in float32 here."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: matrices)
+    for channels in (1, 4):
+        conv, norm = nn.Conv1d(channels, 6, kernel, stride, bias=False), scramble(nn.LayerNorm(6))
+        for n in range(kernel, kernel + 3 * stride + 1):
+            x = torch.randn(2, n, channels)
+            close(convolve(conv, norm, x), naive_convolve(conv, norm, x))
+
+
+def test_both_ways_to_convolve_agree_in_bfloat16(monkeypatch):
+    conv, norm, x = nn.Conv1d(8, 16, 3, 2, bias=False), scramble(nn.LayerNorm(16)), torch.randn(2, 51, 8)
+    found = []
+    for matrices in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
+            patch.setattr(torch, "is_autocast_enabled", lambda device: matrices)
+            y = convolve(conv, norm, x).float()
+        y.square().sum().backward()
+        found.append((y.detach(), conv.weight.grad))
+        conv.weight.grad = None
+    exact = naive_convolve(conv, norm, x)
+    for ours, (y, gradient) in zip(found, reversed(found)):
+        close(ours[0], exact, rtol=0, atol=0.05)
+        close(ours[0], y, rtol=0, atol=0.05)
+        close(ours[1], gradient, rtol=0.05, atol=0.02 * gradient.abs().max().item())
+
+
+def test_speech_content_is_seven_convolutions_a_norm_and_a_projection():
+    content, waves = scramble(wav2vec()).embed.content, torch.randn(2, 900)
+    x = waves[..., None]
+    for conv, norm in zip(content["convs"], content["norms"], strict=True):
+        x = naive_convolve(conv, norm, x)
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    x = (x * content["norm"].weight + content["norm"].bias) @ content["proj"].weight.T + content["proj"].bias
+    encoder = wav2vec()
+    encoder.embed.content = content
+    close(encoder.embed(waves)[0], x)
+
+
+def naive_positions(embed, x):
+    """x (T, D) plus its stacked convolutions, one frame and one channel at a time, then the layer norm."""
+
+    def standard(y):
+        return (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    t, dim = x.shape
+    y = x
+    for conv in embed.positions:
+        (kernel,), width = conv.kernel_size, dim // conv.groups
+        before = F.pad(y, (0, 0, kernel // 2, kernel))
+        y = torch.empty(t, dim)
+        for i in range(t):
+            for d in range(dim):
+                group = slice(d // width * width, (d // width + 1) * width)
+                y[i, d] = (before[i : i + kernel, group] * conv.weight[d].T).sum() + conv.bias[d]
+        y = F.gelu(standard(y))
+    return standard(x + y) * embed.norm.weight + embed.norm.bias
+
+
+@pytest.mark.parametrize("kernel", [3, 4, 7])
+@torch.no_grad()
+def test_speech_positions_are_stacked_grouped_convolutions(kernel):
+    embed = scramble(wav2vec(kernel=kernel)).embed
+    x = torch.randn(2, 6, 16)
+    close(embed.place(x)[0], torch.stack([naive_positions(embed, row) for row in x]))
+
+
+SAMPLES = torch.tensor([2000, 1500, 400])  # 6, 4 and 1 frames
+HEARD = torch.arange(6)[None] < torch.tensor([6, 4, 1])[:, None]
+
+
+@torch.no_grad()
+def test_a_padded_batch_of_speech_step_by_step():
+    """Project, hide, zero padded frames once, positions, norm, blocks that attend to real frames; targets over all frames."""
+    encoder = scramble(wav2vec()).eval()
+    waves = torch.randn(3, 2000) * (torch.arange(2000) < SAMPLES[:, None])
+    mask = HEARD & (torch.rand(3, 6) > 0.5)
+    x = torch.zeros(3, 6, 16)
+    for b, (n, t) in enumerate(zip(SAMPLES.tolist(), (6, 4, 1))):
+        x[b, :t] = encoder.embed(waves[b : b + 1, :n])[0][0]  # each alone
+    assert torch.equal(encoder.embed(waves, SAMPLES)[1], HEARD)
+    close(encoder.embed(waves, SAMPLES)[0][HEARD], x[HEARD])
+
+    for b, t in HEARD.logical_and(mask).nonzero().tolist():
+        x[b, t] = encoder.mask_embedding
+    x = torch.stack([naive_positions(encoder.embed, row) for row in x])
+    bias = torch.zeros(3, 2, 6, 6).masked_fill(~HEARD[:, None, None], -math.inf)
+    layers = []
+    for block in encoder.blocks:
+        layers.append(naive_block(block, x, bias)["ffn"])
+        x = naive_block(block, x, bias)["block"]
+    features, ours = encoder(waves, mask, SAMPLES)
+    close(features, x)
+    for a, expected in zip(ours, layers, strict=True):
+        close(a, expected)
+    y = sum((a - a.mean(1, keepdim=True)) / (a.var(1, correction=0, keepdim=True) + 1e-5).sqrt() for a in layers) / 2
+    close(top_k_average(ours, 2, "instance"), y, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("pos_depth", [1, 3])
+@torch.no_grad()
+def test_padding_bleeds_through_all_position_convolutions_but_the_first(pos_depth):
+    embed, x = scramble(wav2vec(pos_depth=pos_depth, kernel=5)).embed, torch.randn(1, 20, 16)
+    alone, _ = embed.place(x[:, :14])
+    padded, _ = embed.place(x, torch.arange(20)[None] < 14)
+    reach = 2 * (pos_depth - 1)  # frames
+    close(padded[:, : 14 - reach], alone[:, : 14 - reach])
+    assert reach == 0 or (padded[:, 13] - alone[:, 13]).abs().max() > 1e-3
+
+
+def test_the_student_hands_its_content_to_the_teacher_before_hiding():
+    student = scramble(Student(wav2vec(), regression_head(16))).eval()
+    teacher, waves, mask = Teacher(student.encoder), torch.randn(3, 2000), HEARD & (torch.rand(3, 6) > 0.3)
+    mask[:, 0] = True
+    f, x, valid = student(waves, mask, SAMPLES, content=True)
+    assert torch.equal(f, student(waves, mask, SAMPLES)) and torch.equal(valid, HEARD)
+    assert f.requires_grad and not x.requires_grad and torch.equal(x, student.encoder.embed(waves, SAMPLES)[0])
+    for ours, alone in zip(teacher(x, valid, content=True), teacher(waves, SAMPLES), strict=True):
+        assert torch.equal(ours, alone)
+
+
+def test_the_window_limits_frames_to_their_neighbours():
+    teacher = Teacher(scramble(wav2vec(depth=1, pos_depth=1)), window=2)
+    x = torch.randn(1, 12, 16)
+    changed = x.clone()
+    changed[:, 0] += 3
+    moved = (teacher(x, content=True)[0] != teacher(changed, content=True)[0]).any(-1)[0]
+    assert moved.tolist() == [t <= 2 + 1 for t in range(12)], "the window, and one frame of the position convolution"
+
+
+def test_layer_drop_skips_whole_layers_in_training_only(monkeypatch):
+    encoder, waves = scramble(wav2vec(depth=4, layer_drop=0.3)), torch.randn(2, 2000)
+    dice = []
+    monkeypatch.setattr(torch, "rand", lambda *shape: torch.tensor(dice.pop(0)))
+    encoder.eval()
+    assert len(encoder(waves)[1]) == 4, "no dice were thrown"
+    x, _ = encoder.embed.place(encoder.embed(waves)[0])
+    expected = [x]
+    for i in (1, 2):
+        expected.append(encoder.blocks[i](expected[-1])[0])
+    encoder.train()
+    dice += [0.2, 0.3, 0.9, 0.0]
+    features, layers = encoder(waves)
+    assert torch.equal(features, expected[-1]) and len(layers) == 2
+    features.square().sum().backward()
+    for i, block in enumerate(encoder.blocks):
+        gradients = [p.grad.abs().sum() for name, p in block.named_parameters() if "k_bias" not in name]
+        assert all(g > 0 for g in gradients) if i in (1, 2) else not any(gradients), "zero, not None"
+
+
+def test_layer_drop_drops_as_often_as_it_says():
+    encoder, x = wav2vec(depth=20, dim=4, layer_drop=0.3, groups=1), torch.randn(1, 2, 4)
+    counts = torch.tensor([20.0 - len(encoder.transform(x)[1]) for _ in range(30)])
+    assert counts.mean() / 20 == pytest.approx(0.3, abs=0.08) and counts.std() > 0  # 4 standard errors
+
+
+def test_initial_weights_of_speech_are_berts():
+    encoder = wav2vec(dim=128, depth=3)
+    for name, p in encoder.blocks.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            assert (p == 1).all(), name
+        elif "bias" in name:
+            assert (p == 0).all(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean().item()) < 0.001, name
+    assert {block.alpha for block in encoder.blocks} == {1.0} and isinstance(encoder.norm, nn.Identity)
+    assert 0 <= encoder.mask_embedding.min() and encoder.mask_embedding.max() <= 1
+    assert {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    for conv in wav2vec(channels=64).embed.content["convs"]:
+        assert conv.bias is None and conv.weight.std().item() == pytest.approx(math.sqrt(2 / conv.weight[0].numel()), rel=0.1)
+    assert encoder.blocks[0].attn.k_bias is not None
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+def test_initial_weights_of_deepnorm(depth):
+    encoder, dim, gain = wav2vec(dim=64, depth=depth, ffn=256, deep_norm=True), 64, (8 * depth) ** -0.25
+    for block in encoder.blocks:
+        q, k, v = block.attn.qkv.weight.split(dim)
+        assert block.alpha == pytest.approx((2 * depth) ** 0.25)
+        small = v, block.attn.out.weight, block.fc1.weight, block.fc2.weight
+        for weight, g in ((q, 1), (k, 1), *((weight, gain) for weight in small)):
+            xavier = math.sqrt(2 / sum(weight.shape))
+            assert weight.std().item() == pytest.approx(g * xavier, rel=0.06) and abs(weight.mean().item()) < 0.1 * xavier
+        assert not any(p.any() for name, p in block.named_parameters() if "bias" in name)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_its_layer_does():
+    recogniser, waves = scramble(Recogniser(wav2vec(), 5)), torch.randn(3, 2000)
+    for frozen in (True, False):
+        recogniser.frozen = frozen
+        logits, frames = recogniser(waves, SAMPLES)
+        assert logits.shape == (3, 6, 5) and frames.tolist() == [6, 4, 1] and frames.dtype == torch.int64
+        logits.square().sum().backward()
+        assert all((p.grad is None) == frozen for n, p in recogniser.encoder.named_parameters() if n != "mask_embedding")
+        assert recogniser.out.weight.grad.abs().sum() > 0
+    assert recogniser(waves)[1].tolist() == [6, 6, 6], "without lengths all frames are real"
+    with torch.no_grad():
+        assert not recogniser(waves)[0].requires_grad
+
+
+@torch.no_grad()
+def test_the_recogniser_hides_frames_and_silences_channels():
+    recogniser, waves = scramble(Recogniser(wav2vec(), 5)).eval(), torch.randn(3, 2000)
+    mask, channels = torch.rand(3, 6) > 0.5, torch.rand(3, 16) > 0.7
+    x, valid = recogniser.encoder.embed(waves, SAMPLES)
+    for b, t in mask.nonzero().tolist():
+        x[b, t] = recogniser.encoder.mask_embedding
+    hidden = x.clone()
+    for b, d in channels.nonzero().tolist():
+        x[b, :, d] = 0
+    for changes, content in (dict(mask=mask, channels=channels), x), (dict(mask=mask), hidden):
+        expected = recogniser.out(recogniser.encoder.transform(content, None, valid)[0])
+        close(recogniser(waves, SAMPLES, **changes)[0], expected)
+
+
+def test_the_recognisers_dropout_acts_in_training_only():
+    recogniser, waves = scramble(Recogniser(wav2vec(), 5, dropout=0.5)), torch.randn(1, 2000)
+    assert not torch.equal(recogniser(waves)[0], recogniser(waves)[0])
+    recogniser.eval()
+    assert torch.equal(recogniser(waves)[0], recogniser(waves)[0])
+
+
+def test_linear_softmax_weights_real_frames_by_their_own_probability():
+    logits, frames = 4 * torch.randn(3, 6, 5), [6, 4, 1]
+    pooled = linear_softmax(logits, torch.tensor(frames))
+    for b in range(3):
+        for c in range(5):
+            p = [1 / (1 + math.exp(-v)) for v in logits[b, : frames[b], c].tolist()]
+            assert pooled[b, c].item() == pytest.approx(sum(v * v for v in p) / sum(p), rel=1e-5)
+    assert (linear_softmax(torch.full((1, 2, 3), -200.0), torch.tensor([2])) == 0).all(), "never 0 / 0"

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from targets import average_precision, explained, feature_std, instance_norm, layer_norm, regression_loss, tau_at, top_k_average
+from targets import (
+    average_precision, explained, feature_std, fit_ctc, instance_norm, layer_norm, regression_loss, tau_at, top_k_average,
+)  # fmt: skip
 
 NORMS = ("layer", "instance", "none")
 
@@ -221,3 +223,61 @@ def test_average_precision_of_perfect_and_worst_scores():
     assert average_precision(truth, truth) == 1
     assert average_precision(-truth, truth) == pytest.approx(((1 / 3 + 2 / 4) / 2 + 1 / 4) / 2)
     assert average_precision(truth, torch.zeros(4, 2)) == 0
+
+
+# ---- the CTC probe -------------------------------------------------------------------------------------------------
+
+
+def utterances(count, seed, letters=4, dim=6, noise=0.3):
+    """Random words; each letter lasts 2 to 4 frames that point its own way, between silences that point another."""
+    rng = np.random.default_rng(seed)
+    x, said = [], []
+    for _ in range(count):
+        word = rng.integers(1, letters + 1, rng.integers(2, 7)).tolist()
+        spoken = [0]
+        for letter in word:
+            spoken += [letter] * rng.integers(2, 5) + [0] * rng.integers(1, 4)
+        frames = np.eye(dim)[spoken] + noise / 3 * rng.standard_normal((len(spoken), dim))
+        x.append(torch.tensor(frames, dtype=torch.float32))
+        said.append(word)
+    return x, said
+
+
+def heard(log_probs):
+    best = log_probs.argmax(-1).tolist()
+    return [one for one, before in zip(best, [0, *best]) if one != before and one != 0]
+
+
+def test_the_ctc_probe_learns_letters_that_are_separable_without_an_error():
+    probe = fit_ctc(*utterances(20, 0), classes=5)
+    for frames, word in zip(*utterances(20, 1)):
+        log_probs = probe(frames)
+        assert heard(log_probs) == word, "utterances that it was not fitted on"
+        assert log_probs.shape == (len(frames), 5) and not log_probs.requires_grad
+        torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(len(frames)))
+
+
+def test_the_ctc_probe_learns_nothing_from_noise():
+    x, said = utterances(20, 0)
+    torch.manual_seed(0)
+    probe = fit_ctc([torch.randn_like(u) for u in x], said, classes=5)
+    right = [heard(probe(torch.randn_like(u))) == word for u, word in zip(*utterances(20, 1))]
+    assert sum(right) < 3
+
+
+def test_the_ctc_probe_is_a_function_of_its_data():
+    x, said = utterances(8, 0)
+    torch.manual_seed(1)
+    first = fit_ctc(x, said, 5, steps=20)(x[0])
+    torch.manual_seed(2)
+    with torch.no_grad():  # as its caller evaluates
+        assert torch.equal(first, fit_ctc(x, said, 5, steps=20)(x[0]))
+        scaled = fit_ctc([100 * u - 7 for u in x], said, 5, steps=20)
+    torch.testing.assert_close(scaled(100 * x[0] - 7), first, rtol=0, atol=1e-3)
+
+
+def test_the_ctc_probe_survives_a_dead_feature_and_a_transcript_longer_than_its_recording():
+    x, said = utterances(8, 0)
+    x = [torch.cat([u, torch.full((len(u), 1), 3.0)], 1) for u in x]
+    probe = fit_ctc([*x, x[0][:2]], [*said, [1, 2, 3, 4]], 5)
+    assert [heard(probe(u)) for u in x] == said
