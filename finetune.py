@@ -235,6 +235,18 @@ def main():
     task = make(cfg, replace(cfg, init=str(stored)) if resuming else cfg, rank, world, device, autocast, accumulation, bad)
     folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
 
+    if cfg.compile and cfg.goal == "images":
+        model.encoder.compile()
+    elif cfg.compile:
+        model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
+    if cfg.eval_only:
+        scores, bad = task.evaluate(), set().union(*common.gather(bad))
+        if rank == 0:
+            for line in sorted(bad):
+                print(f"skipped {line}")
+            common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
+            print(show(scores))
+        return
     if cfg.goal != "images" and cfg.freeze_convs and cfg.init != "none":
         for part in ("convs", "norms"):
             model.encoder.embed.content[part].requires_grad_(False)
@@ -269,20 +281,7 @@ def main():
         step, best, row = state["step"], state["best"], state["row"]
         bad |= set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
-    if cfg.compile and cfg.goal == "images":
-        model.encoder.compile()
-    elif cfg.compile:
-        model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
     ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal != "images") if world > 1 else model
-
-    if cfg.eval_only:
-        scores, bad = task.evaluate(), set().union(*common.gather(bad))
-        if rank == 0:
-            for line in sorted(bad):
-                print(f"skipped {line}")
-            common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
-            print(show(scores))
-        return
 
     # ---- the loop
     batches = task.batches(step)
@@ -602,10 +601,11 @@ def outputs(cfg: Config, recogniser: Recogniser, utterances, device, autocast, r
 
 def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
     """Word and character error rates of letters read off every frame, trained by CTC (Graves et al. 2006)."""
-    if cfg.data and cfg.eval_only and cfg.valid:  # nothing of train is asked for, and it need not be there
+    if cfg.data and cfg.eval_only and cfg.valid:  # the training part need not be there
         train = valid = audio.concatenate([audio.open_split(cfg.data, split, show=rank == 0) for split in cfg.valid])
     else:
         train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, show=rank == 0) if cfg.data else audio.made_speech()
+    train = valid if cfg.eval_only else train
     bad |= {*train.bad, *valid.bad}
     recogniser, state, dictionary = build_speech(start, letters.LETTERS)
     recogniser.to(device)
@@ -627,7 +627,8 @@ def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accu
         part.transcripts = texts
         return part
 
-    train, valid = transcribed(train, cfg.max_seconds * audio.RATE), transcribed(valid, math.inf)
+    valid = transcribed(valid, math.inf)
+    train = valid if cfg.eval_only else transcribed(train, cfg.max_seconds * audio.RATE)
     train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
     targets = [letters.encode(text, dictionary) for text in train.transcripts]
     lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
