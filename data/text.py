@@ -76,8 +76,8 @@ class Vocabulary:
         self.ids = np.fromiter(pieces.values(), np.int64, len(pieces))              # rank of merging -> id
         self.bpe = tiktoken.Encoding("data2vec", pat_str=WORDS, special_tokens={},
                                      mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
-        self.bytes = {i: piece for piece, i in pieces.items() if i != UNK}
-        self.bytes |= {i: name.encode() for i, name in zip(self.special, (*SPECIAL, "<mask>"))}
+        self.spelling = {i: piece for piece, i in pieces.items() if i != UNK}
+        self.spelling |= {i: name.encode() for i, name in zip(self.special, (*SPECIAL, "<mask>"))}
 
     def encode(self, text):
         """-> list of ids, none of them special (UNK apart, if the vocabulary has holes). Raises BadInput for lone surrogates.
@@ -93,7 +93,7 @@ class Vocabulary:
 
     def decode(self, ids):
         """-> text; special tokens by their names, bytes that are not UTF-8 as the replacement character."""
-        return b"".join(self.bytes.get(int(i), SPECIAL[UNK].encode()) for i in ids).decode(errors="replace")
+        return b"".join(self.spelling.get(int(i), SPECIAL[UNK].encode()) for i in ids).decode(errors="replace")
 
     def save(self, path):
         """A line with the size, then a line `base64 id` for each piece, in order of merging."""
@@ -133,7 +133,8 @@ class Vocabulary:
         found = [next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
                  for names in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe"), ("dict.txt",))]
         if not all(found[:2]):
-            raise BadInput(f"{folder}: no {'merges.txt or vocab.bpe' if found[0] else 'vocab.json or encoder.json'} in it; put both there")
+            lacks = "merges.txt or vocab.bpe" if found[0] else "vocab.json or encoder.json"
+            raise BadInput(f"{folder}: no {lacks} in it; put both there")
         names, merges, order = found
         try:
             with open(path := names, encoding="utf-8") as file:
@@ -217,7 +218,7 @@ def cut(text):
 # ------------------------------------------------------------------------------------- byte pairs: counting and merging
 
 def count_words(texts):
-    """Texts, read once -> {word: count}. Beyond MOST_WORDS distinct words, those seen once so far are forgotten."""
+    """Texts, read once -> {word: count}. Whenever there are MOST_WORDS distinct words, the rarer half is forgotten."""
     try:
         import regex  # Python's own re knows no \p{L}
     except ImportError:
@@ -226,7 +227,8 @@ def count_words(texts):
     for text in texts:
         counts.update(word for piece in cut(text) for word in find(piece) if len(word) <= LONGEST)
         if len(counts) > MOST_WORDS:
-            counts = Counter({word: n for word, n in counts.items() if n > 1})
+            median = sorted(counts.values())[len(counts) // 2]
+            counts = Counter({word: n for word, n in counts.items() if n > median})
     return counts
 
 
@@ -392,26 +394,28 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
     try:
         with open(os.path.join(part, "train.bin"), "wb") as one, open(os.path.join(part, "valid.bin"), "wb") as two:
             files, bounds = {"train": one, "valid": two}, {"train": array("q"), "valid": array("q")}
-            for names, fixed in ((paths, None), (held_out or (), "valid")):
-                last, sizes = None, {split: file.tell() for split, file in files.items()}
-                for number, line in documents_of(names, show, f"encoding {fixed or 'train'}") if names else ():
-                    split = fixed or split_of(number)
+            written = {"train": 0, "valid": 0}
+            for names, fixed in ((paths, None), (held_out, "valid")) if held_out else ((paths, None),):
+                last = None
+                for number, line in documents_of(names, show, "encoding"):
                     if number != last:
-                        bounds[split].append(sizes[split] // dtype().itemsize)
-                        last = number
-                    sizes[split] += files[split].write(np.array(vocabulary.encode(line), dtype).tobytes())
-            for split, file in files.items():
-                bounds[split].append(file.tell() // dtype().itemsize)
-                meta[split] = {"documents": len(bounds[split]) - 1, "tokens": bounds[split][-1]}
-                with open(os.path.join(part, f"{split}.idx"), "wb") as idx:
-                    bounds[split].tofile(idx)
-        if not meta["train"]["documents"] or held_out and not meta["valid"]["documents"]:
-            if meta["valid"]["documents"] and not held_out:
-                raise BadInput(f"{paths[0]}: a single document, and none can be held out; part documents by blank lines, or give --valid")
-            raise BadInput(f"{(held_out if meta['train']['documents'] else paths)[0]}: no text in it")
+                        split, last = fixed or split_of(number), number
+                        bounds[split].append(written[split])
+                    ids = vocabulary.encode(line)
+                    files[split].write(np.array(ids, dtype).tobytes())
+                    written[split] += len(ids)
+        for split in files:
+            meta[split] = {"documents": len(bounds[split]), "tokens": written[split]}
+            bounds[split].append(written[split])
+            with open(os.path.join(part, f"{split}.idx"), "wb") as file:
+                bounds[split].tofile(file)
+        if not written["train"] and written["valid"] and not held_out:
+            raise BadInput(f"{paths[0]}: one document, and none can be held out; give --valid, or part documents by blank lines")
+        for split, place in (("train", paths[0]), ("valid", (held_out or paths)[0])):
+            if not written[split]:
+                raise BadInput(f"{place}: no text in it" + (", nor in the other files" if len(paths) > 1 else ""))
         vocabulary.save(os.path.join(part, "vocab"))
-        if overwrite and os.path.exists(old := os.path.join(out, "meta.json")):
-            os.remove(old)
+        Path(out, "meta.json").unlink(missing_ok=True)                             # from here on it is neither old nor new
         for name in ("vocab", "train.bin", "train.idx", "valid.bin", "valid.idx"):
             os.replace(os.path.join(part, name), os.path.join(out, name))
         save(Path(out, "meta.json"), meta)
@@ -550,7 +554,8 @@ def open_corpus(path, vocab_size=8192, vocab=None, show=True):
             return read_corpus(place)
         except OSError as e:
             failed = e
-    raise BadInput(f"{path}: plain text, and neither {places[0]} nor {places[1]} can be written ({why(failed)}); prepare it elsewhere")
+    raise BadInput(f"{path}: plain text, and neither {places[0]} nor {places[1]} can be written ({why(failed)}); "
+                   "prepare it elsewhere")
 
 
 def read_corpus(folder):
@@ -677,12 +682,15 @@ def own_task(path):
     """-> the Task that the header and the labels of a training file make. Raises BadInput."""
     header, rows = read_table(path)
     if "label" not in header or not {"sentence", "sentence1"} & {*header}:
-        raise BadInput(f"{path}: its columns are {', '.join(header)[:100]}; it needs label, and sentence, or sentence1 and sentence2")
+        raise BadInput(f"{path}: its columns are {', '.join(header)[:100]}; "
+                       "it needs label, and sentence, or sentence1 and sentence2")
     labels = {row[header.index("label")].strip() for _, row in rows if len(row) == len(header)} - {""}
     columns = ("sentence", None, "label") if "sentence" in header else ("sentence1", "sentence2", "label")
     numbers = [number_of(label) for label in labels]
     if numbers and None not in numbers and any(number != int(number) for number in numbers):
         return Task((), ("pearson", "spearman"), columns)
+    if len(labels) < 2:
+        raise BadInput(f"{path}: {len(labels)} different labels; there is nothing to tell apart")
     whole = None not in numbers
     return Task(tuple(sorted(labels, key=float if whole else None)), ("accuracy",), columns)
 
@@ -803,8 +811,8 @@ METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearso
 # ------------------------------------------------------------------------------------------ python -m data.text glue
 
 GLUE_URL = "https://dl.fbaipublicfiles.com"
-MRPC_FILES = {"train": "senteval/senteval_data/msr_paraphrase_train.txt", "test": "senteval/senteval_data/msr_paraphrase_test.txt",
-              "dev": "glue/data/mrpc_dev_ids.tsv"}
+MRPC_FILES = {"train": "senteval/senteval_data/msr_paraphrase_train.txt",
+              "test": "senteval/senteval_data/msr_paraphrase_test.txt", "dev": "glue/data/mrpc_dev_ids.tsv"}
 ANY = unittest.mock.ANY                          # equals every md5: GLUE's home publishes none
 
 
@@ -830,7 +838,11 @@ def glue(out, name, url, md5=None):
     try:
         mrpc(out, part, url, md5) if name == "MRPC" else unzip(out, name, part, url, md5)
         for split in ("train", *TASKS[name].dev):
-            read_task(part, name, split)                                           # it is what it should be
+            try:
+                read_task(part, name, split)
+            except BadInput as e:
+                raise BadInput(f"{url}: what came is not GLUE's {name} ({str(e).removeprefix(part + os.sep)}); "
+                               f"remove what lies in {out} and run this again") from None
         os.replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -876,10 +888,12 @@ def mrpc(out, part, url, md5):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data.text", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m data.text", description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    text = commands.add_parser("prepare", help="plain text -> tokens on disk", formatter_class=argparse.RawTextHelpFormatter)
-    text.add_argument("--input", nargs="+", required=True, help="UTF-8 text files, or folders of them; a blank line ends a document")
+    text = commands.add_parser("prepare", help="plain text -> tokens on disk", formatter_class=plain)
+    text.add_argument("--input", nargs="+", required=True,
+                      help="UTF-8 text files, or folders of them; a blank line ends a document")
     text.add_argument("--out", required=True, help="folder to write vocab, {train,valid}.{bin,idx} and meta.json to")
     text.add_argument("--vocab_size", type=int, default=8192, help="ids of a vocabulary to learn from the text, 261 or more;\n"
                       "the paper's has 50265, which wants gigabytes of text")
@@ -887,11 +901,12 @@ def main():
     text.add_argument("--valid", nargs="+", default=[], help="text files to hold out; else --valid_share of the documents")
     text.add_argument("--valid_share", type=float, default=0.01, help="share of the documents to hold out, spread evenly")
     text.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
-    tasks = commands.add_parser("glue", help="download GLUE's tasks", formatter_class=argparse.RawTextHelpFormatter)
+    tasks = commands.add_parser("glue", help="download GLUE's tasks", formatter_class=plain)
     tasks.add_argument("--out", required=True, help="folder to write TASK/ to; the archives are kept beside it,\n"
                        "and are of no use once they are unpacked")
     tasks.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
-    tasks.add_argument("--md5", nargs="+", default=[], help="of the archives, in the order of --tasks; GLUE's home publishes none,\n"
+    tasks.add_argument("--md5", nargs="+", default=[],
+                       help="of the archives, in the order of --tasks; GLUE's home publishes none,\n"
                        "and without it the archives' own checksums are all that is checked")
     tasks.add_argument("--url", default=GLUE_URL, help=argparse.SUPPRESS)          # for tests and mirrors
     args = parser.parse_args()
