@@ -55,7 +55,7 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PIECE = 1 << 14                                   # characters handed to the tokeniser at once: its regex has a finite stack
 LINE = 1 << 20                                    # characters of a line kept in memory
 LONGEST = 100                                     # a longer word is no word, and teaches the vocabulary nothing
-MOST_WORDS = 5_000_000                            # distinct words counted at once, about 0.5 GB
+MOST_WORDS = 1_000_000                            # distinct words kept; merging them takes about 1.2 GB
 
 
 # ------------------------------------------------------------------------------------------------------- the vocabulary
@@ -766,6 +766,16 @@ def read_task(folder, name, split, task=None):
     if not out.rows:
         raise BadInput(f"{out.bad[0]}; nor can any other of its {len(table)} rows be used" if out.bad else f"{path}: no rows")
     return out
+
+
+def sentence_ids(vocabulary, first, second=None, max_tokens=512):
+    """-> list of ids: <s> first </s>, or of a pair <s> first </s> </s> second </s> (SPEC section 5); of what is too long the
+    longer sentence loses its end."""
+    a, b = vocabulary.encode(first), [] if second is None else vocabulary.encode(second)
+    room = max_tokens - (2 if second is None else 4)
+    while len(a) + len(b) > max(0, room):
+        (a if len(a) > len(b) else b).pop()
+    return [BOS, *a, EOS] + ([] if second is None else [EOS, *b, EOS])
 
 
 # ------------------------------------------------------------------------------------------------- metrics, of numpy arrays
