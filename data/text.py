@@ -73,6 +73,7 @@ class Vocabulary:
         self.pieces, self.size = pieces, size or len(pieces) + len(SPECIAL) + 1
         self.mask, self.special = self.size - 1, (BOS, PAD, EOS, UNK, self.size - 1)
         self.ordinary = range(len(SPECIAL), self.size - 1)
+        self.dtype = np.uint16 if self.size <= 1 << 16 else np.uint32               # of ids on disk
         self.ids = np.fromiter(pieces.values(), np.int64, len(pieces))              # rank of merging -> id
         self.bpe = tiktoken.Encoding("data2vec", pat_str=WORDS, special_tokens={},
                                      mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
@@ -387,8 +388,7 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
         vocabulary = train_vocabulary(texts, vocab_size, show)
     else:
         vocabulary = open_vocabulary(vocab)
-    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-    meta = {"version": 1, "dtype": np.dtype(dtype).name, "vocab_size": vocabulary.size, "inputs": list(map(str, paths)),
+    meta = {"version": 1, "dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "inputs": paths,
             "command": " ".join(sys.argv), "source": source}
     os.makedirs(part := os.path.join(out, f".part-{uuid.uuid4().hex}"))
     try:
@@ -402,7 +402,7 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
                         split, last = fixed or split_of(number), number
                         bounds[split].append(written[split])
                     ids = vocabulary.encode(line)
-                    files[split].write(np.array(ids, dtype).tobytes())
+                    files[split].write(np.array(ids, vocabulary.dtype).tobytes())
                     written[split] += len(ids)
         for split in files:
             meta[split] = {"documents": len(bounds[split]), "tokens": written[split]}
@@ -596,12 +596,12 @@ def made_corpus(vocab_size=2048):
             documents.append("\n".join(fresh) + "\n")
     if sum(map(len, documents)) < 200_000:
         raise BadInput("made corpus: this Python comes without its documentation and sources; give a folder of text instead")
-    parts = {split: [text for text in documents if (zlib.crc32(text.encode()) % 10 == 0) == (split == "valid")] for split in
-             ("train", "valid")}
-    vocabulary = train_vocabulary(parts["train"], vocab_size)
-    sets = []
-    for texts in parts.values():
-        ids = [np.array(vocabulary.encode(text), np.uint16 if vocabulary.size <= 1 << 16 else np.uint32) for text in texts]
+    parts = [], []
+    for text in documents:
+        parts[zlib.crc32(text.encode()) % 10 == 0].append(text)
+    vocabulary, sets = train_vocabulary(parts[0], vocab_size), []
+    for texts in parts:
+        ids = [np.array(vocabulary.encode(text), vocabulary.dtype) for text in texts]
         sets.append(Corpus(np.concatenate(ids), np.cumsum([0, *map(len, ids)])))
     return (*sets, vocabulary)
 
