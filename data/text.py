@@ -368,6 +368,7 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
     """Text files -> out/{vocab, train.bin, train.idx, valid.bin, valid.idx, meta.json}; returns meta. Raises BadInput.
 
     *.bin: ids without special tokens, uint16 or uint32; *.idx: int64, where documents start and the last one ends.
+    Lines are encoded one by one, newline included, so that no document is ever in memory as a whole.
     The files appear when all is done, meta.json last. Without `valid` the first document and every 1 / valid_share-th
     after it are held out. The vocabulary is learned from the training text, or opened (vocab: see open_vocabulary).
     """
