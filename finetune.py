@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained encoder on labels, evaluate it, or use it (paper sections 5.1 and 5.2).
+"""Fine-tune a pre-trained encoder on labels, evaluate it, or use it (paper sections 5.1 to 5.3).
 
     images: classes of pictures (DIR/{train,val}/CLASS/*.jpg)
       python finetune.py --init runs/vision-smoke/ckpt.pt                                # made images, laptop CPU
@@ -10,6 +10,8 @@
       torchrun --nproc_per_node=8 finetune.py --preset 10h --data DIR --init CKPT
     sounds: events in recordings (DIR/{train,valid}.csv, DIR/classes.txt)
       torchrun --nproc_per_node=8 finetune.py --preset audioset --data DIR --init CKPT
+    sentences: GLUE's tasks, or one of yours (DIR/TASK/{train,dev}.tsv with columns sentence and label)
+      python finetune.py --preset glue --task CoLA --data GLUE --init CKPT --sweep         # learning rates x seeds, a table
     use it: a fine-tuned file knows what it is for
       python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png      # or recordings
       python finetune.py --init runs/finetune-10h/best.pt --eval_only --data DIR --valid test-other --beam 50 --lm LM.arpa
@@ -21,7 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +38,9 @@ import common
 import train_speech
 import train_vision
 from common import BadInput, option
-from data import audio, images, letters
+from data import audio, images, letters, text
 from masking import span_mask
-from model import Classifier, Recogniser, linear_softmax, vision_encoder
+from model import Classifier, Recogniser, SentenceClassifier, linear_softmax, text_encoder, vision_encoder
 from targets import average_precision
 from tools import convert
 
@@ -46,22 +48,26 @@ from tools import convert
 @dataclass
 class Config:
     preset: str = option("smoke", "named set of values for the options below")
-    goal: str = option("images", "what the labels are: classes of images, letters or sound events of recordings", ("images", "letters", "sounds"))
+    goal: str = option("images", "what the labels are: classes of images, letters or sound events of recordings, sentences", ("images", "letters", "sounds", "sentences"))
     # run
     data: str = option("", "folder (see above); empty: the made images or the made speech of pre-training")
+    task: str = option("", "sentences: one of CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, or a folder of yours in --data")
     train: list = option([], "recordings: splits of --data to train on; none: as train_speech.py chooses")
     valid: list = option([], "recordings: splits of --data to evaluate on; none: as train_speech.py chooses")
     out: str = option("", "folder of this run; a run that is there already is only continued, never overwritten")
     init: str = option("none", "checkpoint: pre-trained (ours or released) or fine-tuned; none: random weights of --model")
-    init_from: str = option("student", "which network of a pre-trained checkpoint to start from", ("student", "teacher"))
+    init_from: str = option("student", "which network of a pre-trained checkpoint to start from; random: it gives its sizes and vocabulary alone", ("student", "teacher", "random"))
     model: str = option("smoke", "with --init none: the pre-training preset whose model is built")
     resume: bool = option(False, "continue the run in --out from its ckpt.pt")
     eval_only: bool = option(False, "only evaluate the fine-tuned --init on the held-out part")
-    predict: list = option([], "files to classify or to write down with the fine-tuned --init; nothing is trained or written")
+    predict: list = option([], "files to classify or to write down, or sentences, with the fine-tuned --init; nothing is trained or written")
+    sweep: bool = option(False, "sentences: fine-tune with every one of --lrs, each with --seeds seeds, and make a table of the means")
+    lrs: list = option(["1e-5", "2e-5", "3e-5", "4e-5"], "sweep: peak learning rates (the paper's)")
+    seeds: int = option(5, "sweep: seeds 0, 1, ... for each learning rate")
     label_fraction: float = option(1.0, "share of the training part to use, the same examples for every run of a seed, at least one a class")
-    steps: int = option(500, "optimiser steps")
-    global_batch: int = option(64, "images, or seconds of audio, a step, whatever the number of processes")
-    micro_batch: int = option(0, "images: most that a process holds at once; 0: no limit")
+    steps: int = option(500, "optimiser steps; 0: the paper's for a GLUE task, for one of yours 10 epochs")
+    global_batch: int = option(64, "images, sentences or seconds of audio a step, whatever the number of processes; 0: the paper's for a GLUE task")
+    micro_batch: int = option(0, "images, sentences: most that a process holds at once; 0: no limit")
     max_samples: int = option(512_000, "recordings: most samples (16,000 a second) that a process holds at once")
     max_seconds: float = option(30.0, "recordings: longer ones are not trained on for letters, and cropped for sounds; evaluation takes them whole")
     seed: int = option(0, "seed of the head, subset, order and augmentation")
@@ -77,7 +83,7 @@ class Config:
     lr: float = option(1e-3, "peak learning rate of the head; the layers below it follow by layer_decay")
     head_lr: float = option(0.0, "peak learning rate of the head alone; 0: lr")
     layer_decay: float = option(0.75, "each layer below the top learns this much slower; 1: all alike (from scratch)")
-    schedule: str = option("cosine", "after warmup to min_lr, or 10 % warm-up, 40 % lr, 50 % exponential decay to 0.05 lr", ("cosine", "tri_stage"))
+    schedule: str = option("cosine", "after warmup to min_lr; or 10 % warm-up, 40 % lr, 50 % decay to 0.05 lr; or 6 % warm-up, then linearly to 0", ("cosine", "tri_stage", "linear"))
     min_lr: float = option(1e-6, "cosine: learning rate at the last step")
     warmup: int = option(50, "cosine: steps of linear warm-up, at most all of them")
     weight_decay: float = option(0.05, "on matrices only")
@@ -91,7 +97,7 @@ class Config:
     dropout: float = option(0.0, "dropout on both branches of a block")
     attn_dropout: float = option(0.0, "dropout on the attention weights")
     ffn_dropout: float = option(0.0, "recordings: dropout inside the FFN")
-    head_dropout: float = option(0.0, "recordings: dropout before the head")
+    head_dropout: float = option(0.0, "recordings, sentences: dropout before the head")
     mask_p: float = option(0.0, "recordings: share of frames to hide, if spans never met")
     mask_span: int = option(10, "recordings: frames in a hidden span")
     channel_p: float = option(0.0, "recordings: share of channels to silence, if spans never met")
@@ -155,14 +161,28 @@ PRESETS = {
         goal="sounds", model="audioset", steps=13_000, global_batch=1280, max_samples=1_280_000, max_seconds=10.0, lr=3e-5, head_lr=2e-4,
         mask_p=0.45, mask_span=4, channel_p=0.0, mixup=0.7, freeze_steps=0, layer_drop=0.05, ffn_dropout=0.0,
     ),
+    # GLUE: section 5.3, RoBERTa's recipe; python finetune.py --preset glue --task CoLA --sweep; paper's numbers in README; not run here
+    "glue": dict(
+        goal="sentences", model="base", steps=0, global_batch=0, micro_batch=32, workers=1, probe_every=0, save_every=1000, lr=2e-5,
+        layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1,
+    ),
+    # the same for a small model of train_text.py: python finetune.py --preset glue_small --task SST-2 --data DIR --init CKPT
+    "glue_small": dict(
+        goal="sentences", model="corpus", steps=1000, global_batch=32, workers=1, probe_every=200, save_every=0, lr=3e-4,
+        layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1, clip=1.0,
+    ),
 }  # fmt: skip
+GLUE_STEPS = {"CoLA": 5336, "MNLI": 123_873, "MRPC": 2296, "QNLI": 33_112, "QQP": 113_272, "RTE": 2036, "SST-2": 20_935, "STS-B": 3598}
 
 
 def lr_at(step: int, cfg: Config) -> float:
-    """Linear warm-up to lr, then cosine to min_lr, or hold and exponential decay to 0.05 lr. step = 1 .. steps."""
+    """Linear warm-up to lr, then cosine to min_lr, linearly to 0, or hold and exponential decay to 0.05 lr. step = 1 .. steps."""
     if cfg.schedule == "tri_stage":
         t = step / cfg.steps
         return cfg.lr * (max(t / 0.1, 0.01) if t < 0.1 else 0.05 ** max(0.0, (t - 0.5) / 0.5))
+    if cfg.schedule == "linear":
+        t = step / cfg.steps
+        return cfg.lr * min(t / 0.06, (1 - t) / 0.94)
     warmup = min(cfg.warmup, cfg.steps)
     if step <= warmup:
         return cfg.lr * step / warmup
@@ -185,7 +205,7 @@ def check(cfg: Config, world: int) -> int:
     if cfg.head_lr and not cfg.lr:
         raise BadInput(f"--head_lr {cfg.head_lr}: follows the schedule of --lr, which is 0; freeze the encoder by --freeze_steps instead")
     training = not (cfg.eval_only or cfg.predict)
-    if cfg.goal != "images":
+    if cfg.goal in ("letters", "sounds"):
         common.check_range(cfg, 0, 1, "mixup")
         common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
         common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
@@ -213,6 +233,7 @@ class Task:
     weigh: Callable  # (micro-batch) -> what the loss is a mean over (images, letters, clips), how many examples these are
     loss: Callable  # (network, micro-batch, rng) -> the loss, summed over the micro-batch
     evaluate: Callable[[], dict[str, float]]  # on the held-out part; every example counts once, whatever the processes
+    extra: dict = field(default_factory=dict)  # what else a checkpoint must hold
 
 
 def main():
@@ -222,7 +243,16 @@ def main():
         about = convert.read(cfg.init) if cfg.init != "none" else {}
         if "classes" not in about:
             raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so it can name nothing; fine-tune it first, then give best.pt")
-        cfg = replace(cfg, goal=about.get("goal", "images"))
+        cfg = replace(cfg, goal=about.get("goal", "images"), task=cfg.task or about.get("finetune", {}).get("task", ""))
+    if cfg.goal == "sentences":
+        cfg = replace(cfg, steps=cfg.steps or 1, global_batch=cfg.global_batch or 1) if cfg.predict else paper_values(cfg)
+    if cfg.sweep:
+        return sweep(cfg, rank, world, device, autocast)
+    train(cfg, rank, world, device, autocast)
+
+
+def train(cfg: Config, rank: int, world: int, device: torch.device, autocast: torch.autocast) -> None:
+    """One run: fine-tune, or evaluate, or predict."""
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
@@ -231,11 +261,11 @@ def main():
     # ---- the run's folder, and what is already there
     stored, bad, named = Path(cfg.out, "ckpt.pt"), set(), set()  # bad: "file: what is wrong with it"
     resuming = cfg.resume and stored.exists()
-    make = {"images": images_task, "letters": letters_task, "sounds": sounds_task}[cfg.goal]
+    make = {"images": images_task, "letters": letters_task, "sounds": sounds_task, "sentences": sentences_task}[cfg.goal]
     task = make(cfg, replace(cfg, init=str(stored)) if resuming else cfg, rank, world, device, autocast, accumulation, bad)
     folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
 
-    if cfg.compile and cfg.goal == "images":
+    if cfg.compile and cfg.goal in ("images", "sentences"):
         model.encoder.compile()
     elif cfg.compile:
         model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
@@ -247,7 +277,7 @@ def main():
             common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
             print(show(scores))
         return
-    if cfg.goal != "images" and cfg.freeze_convs and cfg.init != "none":
+    if cfg.goal in ("letters", "sounds") and cfg.freeze_convs and cfg.init != "none":
         for part in ("convs", "norms"):
             model.encoder.embed.content[part].requires_grad_(False)
 
@@ -281,7 +311,7 @@ def main():
         step, best, row = state["step"], state["best"], state["row"]
         bad |= set(state["bad"])
     metrics = common.open_metrics(folder, step) if rank == 0 else None
-    ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal != "images") if world > 1 else model
+    ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal in ("letters", "sounds")) if world > 1 else model
 
     # ---- the loop
     batches = task.batches(step)
@@ -323,7 +353,7 @@ def main():
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             bar.close()
             raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
-        saved = {"student": model.state_dict(), "teacher": None, "config": state["config"], "classes": task.classes, "goal": cfg.goal, "finetune": asdict(cfg)}  # fmt: skip
+        saved = {"student": model.state_dict(), "teacher": None, "config": state["config"], "classes": task.classes, "goal": cfg.goal, "finetune": asdict(cfg)} | task.extra  # fmt: skip
         if probe_now:
             row |= (scores := task.evaluate())
             if better(scores, best, task):
@@ -468,7 +498,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, di
     if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
         tuned = state["classes"] = classes  # a released file numbers its classes, in the order of their sorted names
     classifier = Classifier(encoder, len(classes or tuned))
-    if cfg.init != "none":
+    if cfg.init != "none" and cfg.init_from != "random":
         weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
         if weights is None:
             raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
@@ -549,7 +579,7 @@ def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogni
     arch = asdict(train_speech.Config()) | {k: v for k, v in state["config"].items() if hasattr(train_speech.Config(), k)}
     regularisers = {name: getattr(cfg, name) for name in ("dropout", "attn_dropout", "ffn_dropout", "layer_drop")}
     recogniser = Recogniser(train_speech.build(train_speech.Config(**arch | regularisers)).encoder, len(classes), cfg.head_dropout)
-    if cfg.init != "none":
+    if cfg.init != "none" and cfg.init_from != "random":
         weights = state["teacher"] if cfg.init_from == "teacher" and "classes" not in state else state["student"]
         if weights is None:
             raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
@@ -612,8 +642,8 @@ def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accu
 
     def transcribed(utterances, longest):  # those that the dictionary can spell, not longer than that
         kept, texts, left_out = [], [], []
-        for i, text in enumerate(utterances.transcripts):
-            said, unknown = letters.clean(text, dictionary)
+        for i, transcript in enumerate(utterances.transcripts):
+            said, unknown = letters.clean(transcript, dictionary)
             if not said or unknown or utterances.lengths[i] > longest:
                 why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
                 left_out.append(f"{utterances.names[i]}: {why}")
@@ -716,6 +746,135 @@ def mix_clips(x: torch.Tensor, samples: torch.Tensor, y: torch.Tensor, p: float,
     return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
 
 
+# ---- sentences: GLUE ---------------------------------------------------------------------------------------------------
+
+
+def build_text(cfg: Config, classes: list[str] | None = None) -> tuple[SentenceClassifier, dict, text.Vocabulary]:
+    """The text encoder with the weights of --init under a head -> classifier, what the file says (config, classes), vocabulary.
+
+    A fine-tuned file keeps its head when its classes are `classes`; None asks for just such a file.
+    """
+    if cfg.init == "none":
+        raise BadInput("--init none: a text model needs a vocabulary; give a checkpoint, and --init_from random for random weights")
+    state = convert.read(cfg.init)
+    if "vocabulary" not in state:
+        raise BadInput(f"--init {cfg.init}: not a model of text, or one without its vocabulary; --preset {cfg.preset} is for sentences")
+    arch, vocabulary, tuned = state["config"], text.Vocabulary.parse(state["vocabulary"]), state.get("classes")
+    encoder = text_encoder(
+        vocab=vocabulary.size, max_length=arch["max_tokens"], pad=text.PAD, dim=arch["dim"], depth=arch["depth"], heads=arch["heads"],
+        ffn=arch["ffn"], dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, ffn_dropout=cfg.ffn_dropout,
+    )  # fmt: skip
+    classifier = SentenceClassifier(encoder, len(classes or tuned), cfg.head_dropout)
+    weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
+    if weights is None:
+        raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
+    if tuned is None or classes not in (None, tuned):  # only the encoder serves
+        weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
+        weights |= {k: v for k, v in classifier.state_dict().items() if not k.startswith("encoder.")}
+    if cfg.init_from != "random" or tuned is not None:
+        convert.load_into(classifier, weights, cfg.init)
+    return classifier, state, vocabulary
+
+
+def paper_values(cfg: Config) -> Config:
+    """Steps and batch of a GLUE task where the options say 0 (SPEC section 5; Liu et al. 2019)."""
+    if not cfg.task:
+        raise BadInput(f"--task: which one? {', '.join(text.TASKS)}, or a folder of yours in --data")
+    name = {known.lower(): known for known in text.TASKS}.get(cfg.task.lower(), cfg.task)
+    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or (16 if name in ("CoLA", "MRPC", "RTE", "STS-B") else 32))
+    if cfg.steps:
+        return cfg
+    rows = len(text.open_task(cfg.data, name)[1]["train"].rows)
+    return replace(cfg, steps=GLUE_STEPS.get(name) or math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
+
+
+def sentences_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
+    """A task's own metrics on its dev splits: accuracy, F1, Matthews, Pearson, Spearman (section 5.3)."""
+    spec, parts = text.open_task(cfg.data, cfg.task)
+    bad |= {line for part in parts.values() for line in part.bad}
+    classes = list(spec.classes) or ["score"]
+    classifier, state, vocabulary = build_text(start, classes)
+    if cfg.eval_only and state["classes"] != classes:
+        raise BadInput(f"{cfg.data}: the classes of {cfg.task} are not those of {cfg.init}; see {sorted(set(classes) ^ set(state['classes']))[:4]}")
+    classifier.to(device)
+    rows = parts.pop("train").rows
+    order = np.random.default_rng([cfg.seed, 10]).permutation(len(rows))[: max(1, round(cfg.label_fraction * len(rows)))]
+    longest = state["config"]["max_tokens"]
+    train = text.Sentences([rows[i] for i in np.sort(order)], vocabulary, longest)
+    held_out = {split: text.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
+
+    def load(sentences, keys):
+        return DataLoader(sentences, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",
+                          generator=torch.Generator())  # fmt: skip
+
+    def batches(step):
+        return iter(load(train, text.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)))
+
+    def weigh(batch):
+        return len(batch["labels"]), len(batch["labels"])
+
+    def loss(network, batch, rng):
+        tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
+        with autocast:
+            logits = network(tokens)
+        if spec.classes:
+            return F.cross_entropy(logits.float(), labels.long(), reduction="sum")
+        return F.mse_loss(logits.float()[:, 0], labels, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate():
+        classifier.eval()
+        scores = {}
+        for split, sentences in held_out.items():
+            mine = range(rank, len(sentences), world)
+            found = {}
+            keys = [[(0, i) for i in mine[at : at + 64]] for at in range(0, len(mine), 64)]
+            for key, batch in zip(keys, load(sentences, keys)):
+                with autocast:
+                    logits = classifier(batch["tokens"].to(device)).float()
+                guess = logits.argmax(1) if spec.classes else logits[:, 0]
+                found |= {i: pair for (_, i), *pair in zip(key, guess.tolist(), batch["labels"].tolist())}
+            everywhere = {i: pair for part in common.gather(found) for i, pair in part.items()}
+            guess, truth = zip(*(everywhere[i] for i in sorted(everywhere)))
+            end = "" if split in ("dev", "dev_matched") else "_" + split.removeprefix("dev_")
+            scores |= {name + end: text.METRICS[name](np.array(guess), np.array(truth)) for name in spec.metrics}
+        classifier.train()
+        return scores
+
+    return Task(
+        classifier, state, classes, f"{len(train)} sentences", spec.metrics[0], False, batches, weigh, loss, evaluate,
+        {"vocabulary": state["vocabulary"]},
+    )  # fmt: skip
+
+
+def sweep(cfg: Config, rank, world, device, autocast) -> None:
+    """--lrs x --seeds runs in folders of --out, then results.json and table.md: mean and std over seeds of the last step."""
+    if cfg.goal != "sentences":
+        raise BadInput("--sweep: is for sentences; run finetune.py once for each value instead")
+    try:
+        lrs = [float(lr) for lr in cfg.lrs]
+    except ValueError:
+        raise BadInput(f"--lrs {' '.join(cfg.lrs)}: must be numbers") from None
+    folder, table, metrics = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), {}, ()
+    for name, lr in zip(cfg.lrs, lrs):
+        runs = []
+        for seed in range(cfg.seeds):
+            out = folder / f"lr{name}-seed{seed}"
+            if not (cfg.resume and (out / "results.json").exists()):
+                train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), rank, world, device, autocast)
+            common.gather(None)  # rank 0 writes the results
+            runs.append(json.loads((out / "results.json").read_text()))
+        metrics = [key for key in runs[0] if key.startswith(tuple(text.METRICS))]
+        table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
+    if rank == 0:
+        best = max(table, key=lambda name: table[name][metrics[0]][0])
+        lines = [f"| {cfg.task}, lr | " + " | ".join(metrics) + " |", "|---:|" + "---|" * len(metrics)]
+        lines += [f"| {name} | " + " | ".join(f"{m:.4f} +- {d:.4f}" for m, d in row.values()) + " |" for name, row in table.items()]
+        (folder / "table.md").write_text("\n".join(lines) + "\n")
+        common.save(folder / "results.json", {k: m for k, (m, _) in table[best].items()} | {"best_lr": float(best), "seeds": cfg.seeds, "table": table})
+        print("\n".join(lines) + f"\n{folder}/results.json, table.md: mean and std of {cfg.seeds} seeds; best at lr {best}")
+
+
 # ---- use it --------------------------------------------------------------------------------------------------------------
 
 
@@ -731,6 +890,8 @@ def predict(cfg: Config, device: torch.device, autocast) -> None:
     """One line a file: its path, then up to five classes with their probabilities, or what is said and when."""
     if cfg.goal == "images":
         model, state, size = build(cfg)
+    elif cfg.goal == "sentences":
+        model, state, vocabulary = build_text(cfg)
     else:
         model, state, _ = build_speech(cfg)
     model.to(device).eval()
@@ -739,6 +900,8 @@ def predict(cfg: Config, device: torch.device, autocast) -> None:
         try:
             if cfg.goal == "images":
                 x = images.normalise(images.to_tensor(images.center_crop(images.load_image(path), size))[None].to(device))
+            elif cfg.goal == "sentences":  # a pair is two sentences with a tab between them
+                x = torch.tensor([text.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])], device=device)
             else:
                 x = torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
         except (images.BadImage, audio.BadAudio) as error:
@@ -748,10 +911,13 @@ def predict(cfg: Config, device: torch.device, autocast) -> None:
         with autocast:
             result = model(x)
         if cfg.goal == "letters":
-            text, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), state["classes"])
-            print(f"{path}: " + " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(text.split(), times)))
+            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), state["classes"])
+            print(f"{path}: " + " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(said.split(), times)))
             continue
-        probabilities = result.float().softmax(-1)[0] if cfg.goal == "images" else linear_softmax(*result)[0]
+        if state["classes"] == ["score"]:
+            print(f"{path}: {result.item():.3f}")
+            continue
+        probabilities = linear_softmax(*result)[0] if cfg.goal == "sounds" else result.float().softmax(-1)[0]
         top = probabilities.topk(min(5, len(probabilities)))
         print(f"{path}: " + ", ".join(f"{state['classes'][i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist())))
     if not readable:

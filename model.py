@@ -476,6 +476,23 @@ class Classifier(nn.Module):
         return self.out(self.norm(features[:, self.encoder.prefix :].mean(1)))
 
 
+class SentenceClassifier(nn.Module):
+    """Fine-tuning on text: the first token's (<s>) last layer -> dropout -> Linear -> tanh -> dropout -> Linear (RoBERTa's)."""
+
+    def __init__(self, encoder: Encoder, classes: int, dropout: float = 0.0):
+        super().__init__()
+        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        self.dense, self.out = nn.Linear(encoder.dim, encoder.dim), nn.Linear(encoder.dim, classes)
+        for linear in (self.dense, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, classes); one class: a score."""
+        features, _ = self.encoder(tokens)
+        return self.out(self.dropout(self.dense(self.dropout(features[:, 0])).tanh()))
+
+
 class Recogniser(nn.Module):
     """Fine-tuning on speech: every frame's last layer -> dropout -> Linear, for letters (CTC) or for sound events.
 

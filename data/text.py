@@ -108,11 +108,16 @@ class Vocabulary:
         """What save() wrote. Raises BadInput."""
         try:
             with open(path, encoding="ascii") as file:
-                size = int(file.readline().removeprefix("data2vec vocabulary, ids: "))
-                rows = [line.split() for line in file]
-            return cls.checked({base64.b64decode(piece, validate=True): int(i) for piece, i in rows}, size, len(rows))
+                return cls.parse(file.read())
         except (OSError, ValueError) as e:
             raise BadInput(f"{path}: not a vocabulary of this code ({why(e)}); prepare the text anew") from None
+
+    @classmethod
+    def parse(cls, text):
+        """The text of what save() wrote, as checkpoints carry it. Raises ValueError."""
+        head, *lines = text.splitlines()
+        size, rows = int(head.removeprefix("data2vec vocabulary, ids: ")), [line.split() for line in lines]
+        return cls.checked({base64.b64decode(piece, validate=True): int(i) for piece, i in rows}, size, len(rows))
 
     @classmethod
     def checked(cls, pieces, size, count):
@@ -777,6 +782,23 @@ def sentence_ids(vocabulary, first, second=None, max_tokens=512):
     while len(a) + len(b) > max(0, room):
         (a if len(a) > len(b) else b).pop()
     return [BOS, *a, EOS] + ([] if second is None else [EOS, *b, EOS])
+
+
+class Sentences(torch.utils.data.Dataset):
+    """sentences[[(epoch, index), ...]] -> dict(tokens (B, T) int64, padded with <pad>; labels (B,) float32), for
+    DataLoader(batch_size=None). rows: as Examples.rows; what is longer than max_tokens loses its end."""
+
+    def __init__(self, rows, vocabulary, max_tokens):
+        self.rows, self.vocabulary, self.max_tokens = rows, vocabulary, max_tokens
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, keys):
+        rows = [self.rows[index] for _, index in keys]
+        ids = [torch.tensor(sentence_ids(self.vocabulary, a, b, self.max_tokens)) for a, b, _ in rows]
+        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+        return {"tokens": tokens, "labels": torch.tensor([float(label) for *_, label in rows])}
 
 
 # ------------------------------------------------------------------------------------------------- metrics, of numpy arrays
