@@ -75,8 +75,7 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
     config = config_class(**{"preset": preset} | presets[preset] | {k: v for k, v in given.items() if k != "help"})
     if "help" in given:
         print(f"{about}\npresets: {', '.join(presets)}\noptions, with their values in preset {preset}:")
-        for f in fields(config):
-            print(f"  --{f.name} {getattr(config, f.name)}".ljust(30), f.metadata["help"])
+        print("\n".join(f"  --{f.name} {getattr(config, f.name)}".ljust(30) + " " + f.metadata["help"] for f in fields(config)))
         sys.exit(0)
     return config
 
@@ -109,11 +108,12 @@ def gather(value) -> list:
 
 
 def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
-    """Makes the run's folder and its config.json; refuses a folder that already holds a run, unless resuming."""
-    folder = Path(out)
+    """Makes the run's folder and its config.json; refuses a folder with results of a run, unless resuming."""
+    folder, kept = Path(out), [Path(out, name) for name in ("ckpt.pt", "metrics.jsonl", "results.json")]
     if rank == 0:
-        if not resume and any((folder / name).exists() for name in ("config.json", "ckpt.pt", "metrics.jsonl")):
+        if not resume and any(path.exists() and path.stat().st_size for path in kept):  # a failed start leaves config.json
             raise BadInput(f"--out {out}: already holds a run; continue it with --resume, or choose another --out")
+        print(f"--resume: no ckpt.pt in {out}, so this starts at step 0") if resume and not kept[0].exists() else None
         folder.mkdir(parents=True, exist_ok=True)
         about = {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "command": " ".join(sys.argv)}
         save(folder / "config.json", config | about)

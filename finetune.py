@@ -208,7 +208,8 @@ def check(cfg: Config, world: int) -> int:
     if cfg.goal in ("letters", "sounds"):
         common.check_range(cfg, 0, 1, "mixup")
         common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
-        common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
+        if cfg.max_samples < cfg.max_seconds * audio.RATE:
+            raise BadInput(f"--max_samples {cfg.max_samples}: must be at least --max_seconds {cfg.max_seconds} x {audio.RATE} samples")
         count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
         if training and count % world:
             raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip

@@ -149,7 +149,8 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 0, 0.9999, "dropout attn_dropout ffn_dropout layer_drop beta2")
     common.check_range(cfg, 1e-9, 1, "mask_p")
     common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
-    common.check_range(cfg, math.ceil(cfg.max_seconds * audio.RATE), math.inf, "max_samples")
+    if cfg.max_samples < cfg.max_seconds * audio.RATE:
+        raise BadInput(f"--max_samples {cfg.max_samples}: must be at least --max_seconds {cfg.max_seconds} x {audio.RATE} samples")
     for name in ("heads", "pos_groups"):
         if cfg.dim % getattr(cfg, name):
             raise BadInput(f"--dim {cfg.dim} is not a multiple of --{name} {getattr(cfg, name)}")

@@ -164,7 +164,7 @@ def main():
     train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
     labels = len(train.classes) > 1 and -1 not in train.labels + val.labels  # without, k-NN and probe have nothing to say
     if rank == 0:
-        print(f"{len(train)} training and {len(val)} held-out images, {len(train.classes)} classes" + ("" if labels else ": no usable labels, so no k-NN and no probe"))  # fmt: skip
+        print(f"{len(train)} training and {len(val)} held-out images, {len(train.classes)} class" + "es" * (len(train.classes) > 1) + ("" if labels else ": no usable labels, so no k-NN and no probe"))  # fmt: skip
 
     def augment(img, rng):
         img = images.random_resized_crop(img, size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng)

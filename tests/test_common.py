@@ -241,9 +241,9 @@ def test_a_new_run_writes_its_config_and_an_old_run_is_refused(tmp_path):
     folder = common.open_run("a/b", {"steps": 3}, False, 0)
     config = json.loads((folder / "config.json").read_text())
     assert config["steps"] == 3 and config["versions"]["torch"] == torch.__version__ and "toy.py" in config["command"]
-    for name in ("config.json", "ckpt.pt", "metrics.jsonl"):
+    for name in ("results.json", "ckpt.pt", "metrics.jsonl"):
         (tmp_path / name[:2]).mkdir()
-        (tmp_path / name[:2] / name).touch()
+        (tmp_path / name[:2] / name).write_text("{}")
         with pytest.raises(BadInput, match="--resume"):
             common.open_run(name[:2], {}, False, 0)
         assert common.open_run(name[:2], {}, True, 0).is_dir()
@@ -389,3 +389,12 @@ def test_the_dtype_that_was_asked_for_is_taken(name, wanted):
 
 def test_peak_memory_is_in_gigabytes():
     assert 0.05 < common.peak_memory_gb(torch.device("cpu")) < 64
+
+
+def test_a_start_that_failed_does_not_block_its_folder(tmp_path, capsys):
+    for _ in range(2):  # it left config.json and an empty metrics.jsonl
+        common.open_run(tmp_path, {"lr": 1.0}, resume=False, rank=0)
+        common.open_metrics(tmp_path, 0).close()
+    common.open_run(tmp_path, {"lr": 2.0}, resume=True, rank=0)
+    assert "starts at step 0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 2.0

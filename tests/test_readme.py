@@ -41,7 +41,7 @@ EXTRA = [  # the first pattern that matches a command says what is added to make
     (r"train_speech.py --preset (base|audioset)", f"{SPEECH} --max_samples 480000 --global_batch 30"),
     (r"train_speech.py", f"{SPEECH} --max_seconds 4 --max_samples 64000 --global_batch 8"),
     (r"finetune.py .*--(eval_only|predict)", "--workers 0"),
-    (r"finetune.py --preset (digits|speech_smoke|10h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
+    (r"finetune.py --preset (digits|speech_smoke|100h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
     (r"finetune.py", f"{TINY} --global_batch 8 --micro_batch 0"),
     (r"-m (tools|data)\.", ""),
 ]
