@@ -6,11 +6,11 @@
 """
 
 import contextlib
-import itertools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -157,14 +157,20 @@ def build(cfg: Config, vocab: int) -> Student:
     return Student(encoder, regression_head(cfg.dim, cfg.head_layers) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
 
 
-def read(path, student: Student, cfg: Config) -> dict:
+def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> dict:
     """A checkpoint, its student loaded. Raises BadInput if it does not fit, also in what the shapes of weights do not tell."""
     state = convert.read(path)
     if "classes" in state:
         raise BadInput(f"{path}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
+    if "vocabulary" not in state:
+        raise BadInput(f"{path}: not a checkpoint of train_text.py, it has no vocabulary")
+    theirs = text.Vocabulary.parse(state["vocabulary"])
+    if (theirs.size, [*theirs.pieces.items()]) != (vocabulary.size, [*vocabulary.pieces.items()]):
+        raise BadInput(f"{path}: has another vocabulary, of {theirs.size}; prepare the text with it: data.text prepare --vocab {Path(path).parent}/vocab")  # fmt: skip
+    for name in ("objective", "max_tokens", "dim", "depth", "heads", "ffn", "head_layers"):
+        if state["config"][name] != getattr(cfg, name):
+            raise BadInput(f"{path}: was trained with --{name} {state['config'][name]}; take the same")
     convert.load_into(student, state["student"], path)
-    if state["config"]["heads"] != cfg.heads:
-        raise BadInput(f"{path}: was trained with --heads {state['config']['heads']}; take the same")
     return state
 
 
@@ -195,17 +201,18 @@ def main():
     step, begin, row = 0, None, {"seconds": 0.0}
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout, which differs between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
-        state = read(folder / "ckpt.pt", student, cfg)
+        state = read(folder / "ckpt.pt", student, cfg, vocabulary)
         convert.load_into(teacher, state["teacher"], folder / "ckpt.pt")
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0] |= {"weight_decay": cfg.weight_decay, "betas": (0.9, cfg.beta2)}  # this command's, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, begin, row = state["step"], state["begin"], state["row"]
     elif cfg.init:
-        state = read(cfg.init, student, cfg)
+        state = read(cfg.init, student, cfg, vocabulary)
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
         if cfg.init_teacher == "teacher" and state["teacher"]:
             convert.load_into(teacher, state["teacher"], cfg.init)
+    teacher.update(student.encoder, tau=1.0)  # what is shared is the student's, whatever the file's run shared
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if rank == 0:
         vocabulary.save(folder / "vocab")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from masking import block_mask, span_mask
+from masking import bert_mask, block_mask, span_mask, span_mask_tokens
 
 GOLDEN = Path(__file__).parent / "golden" / "mask_stats_and_schedule.pt"
 GRIDS = [(14, 14), (8, 8), (4, 4), (5, 11), (13, 3), (2, 3), (1, 7), (1, 1)]
@@ -203,3 +203,102 @@ def test_spans_of_a_large_batch_take_milliseconds():
         span_mask(np.full(64, 999), 0.65, 10, rng)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.05
+
+
+# ---- tokens of text ------------------------------------------------------------------------------------------------
+
+VOCAB, MASK = 1000, 999  # <s> 0, <pad> 1, </s> 2, <unk> 3, ordinary tokens, <mask>
+ORDINARY = range(4, MASK)
+
+
+def sentence(length, seed=0, padding=0):
+    """<s> ... </s> of random ordinary tokens with a </s> in the middle, and padding behind."""
+    ids = np.random.default_rng(seed).integers(4, MASK, length)
+    ids[0], ids[length // 2], ids[-1] = 0, 2, 2
+    return np.concatenate([ids, np.ones(padding, int)])
+
+
+def singles(ids, rng, p=0.15):
+    return bert_mask(ids, ORDINARY, MASK, p, rng)
+
+
+def spans(ids, rng, p=0.35, span=4):
+    return span_mask_tokens(ids, ORDINARY, MASK, p, span, rng)
+
+
+def test_bert_selects_15_percent_and_treats_them_80_10_10():
+    """Shares within 4 standard errors: 400 texts of 509 ordinary tokens."""
+    rng, chosen, masked, kept, replaced = np.random.default_rng(0), 0, 0, 0, []
+    for seed in range(400):
+        ids = sentence(512, seed)
+        corrupted, mask = singles(ids, rng)
+        assert mask.sum() in (math.floor(0.15 * 509), math.ceil(0.15 * 509))
+        ids, chosen = torch.from_numpy(ids), chosen + mask.sum().item()
+        assert corrupted.dtype == torch.int64 and mask.dtype == torch.bool and torch.equal(corrupted[~mask], ids[~mask])
+        masked += (corrupted[mask] == MASK).sum().item()
+        kept += (corrupted == ids)[mask].sum().item()
+        replaced += corrupted[mask & (corrupted != MASK) & (corrupted != ids)].tolist()
+    assert chosen / (400 * 509) == pytest.approx(0.15, abs=4 * 0.5 / (400**0.5 * 509))
+    for count, share in (masked, 0.8), (kept, 0.1), (len(replaced), 0.1):
+        assert count / chosen == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / chosen))
+    assert min(replaced) >= 4 and max(replaced) < MASK and len(set(replaced)) > 700, "any ordinary token, no special one"
+
+
+def test_every_ordinary_token_is_selected_equally_often():
+    ids, rng = sentence(32), np.random.default_rng(0)
+    often = sum(singles(ids, rng)[1].double() for _ in range(4000)) / 4000
+    ordinary = torch.from_numpy(ids) > 3
+    assert often[ordinary].sub(0.15).abs().max() < 4.5 * math.sqrt(0.15 * 0.85 / 4000) and not often[~ordinary].any()
+
+
+@pytest.mark.parametrize("masker", [singles, spans])
+@pytest.mark.parametrize("p", [1e-6, 0.35, 1.0])
+def test_tokens_that_are_special_or_padding_are_never_selected_and_at_least_one_other_is(masker, p):
+    for seed in range(100):
+        length = 3 + seed % 20
+        ids = sentence(length, seed, padding=seed % 7)
+        corrupted, mask = masker(ids, np.random.default_rng(seed), p)
+        special = torch.from_numpy(ids) < 4
+        assert mask.shape == corrupted.shape == (len(ids),)
+        assert mask.any() == (length > 3) and not (mask & special).any(), "of three tokens all are special"
+        assert torch.equal(corrupted[~mask], torch.from_numpy(ids)[~mask])
+
+
+def test_all_that_lies_in_a_span_becomes_mask():
+    for seed in range(50):
+        ids = sentence(100, seed)
+        corrupted, mask = spans(ids, np.random.default_rng(seed))
+        assert (corrupted[mask] == MASK).all() and not (corrupted[~mask] == MASK).any()
+        special = {int(t) for t in np.flatnonzero(ids < 4)}
+        for end in [t for t in range(100) if mask[t] and not (t < 99 and mask[t + 1])]:
+            start = max([t for t in range(end) if not mask[t]], default=-1) + 1
+            near = special & {start - 1, end + 1}
+            assert end - start + 1 >= 4 or near, "a whole span, but for a special token that it holds"
+
+
+@pytest.mark.parametrize("length", [512, 128])
+def test_spans_of_tokens_hide_as_much_as_the_released_generator(length):
+    """Of a text without special tokens: those are never hidden here, while the released generator hides <s> and </s>, too."""
+    released = torch.load(GOLDEN, weights_only=True)[f"text_{length}_p0.35_len4"]
+    rng, n = np.random.default_rng(0), 1500
+    ids = np.random.default_rng(1).integers(4, MASK, length)
+    shares = torch.stack([spans(ids, rng)[1].double().mean() for _ in range(n)])
+    error = released["std"] * math.sqrt(1 / n + 1 / 400)  # of the difference: the file's mean is of 400 masks
+    assert shares.mean().item() == pytest.approx(released["mean"], abs=4 * error)
+    assert shares.std().item() == pytest.approx(released["std"], rel=0.2)
+
+
+@pytest.mark.parametrize("masker", [singles, spans])
+def test_hidden_tokens_are_a_function_of_the_generator_alone(masker):
+    def draw(seed):
+        return masker(sentence(200), np.random.default_rng(seed))
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first, ids = draw(5), sentence(200)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again, other = draw(5), draw(6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[1], other[1])
+    masker(ids, np.random.default_rng(0))
+    assert (ids == sentence(200)).all(), "the input stays as it is"
