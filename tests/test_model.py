@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
     CONVS, Attention, Block, Classifier, Encoder, Recogniser, Student, Teacher, convolve, linear_softmax, regression_head,
-    relative_index, resize_positions, speech_encoder, vision_encoder,
+    relative_index, resize_positions, speech_encoder, text_encoder, vision_encoder,
 )  # fmt: skip
 from targets import top_k_average
 
@@ -829,3 +829,91 @@ def test_linear_softmax_weights_real_frames_by_their_own_probability():
             p = [1 / (1 + math.exp(-v)) for v in logits[b, : frames[b], c].tolist()]
             assert pooled[b, c].item() == pytest.approx(sum(v * v for v in p) / sum(p), rel=1e-5)
     assert (linear_softmax(torch.full((1, 2, 3), -200.0), torch.tensor([2])) == 0).all(), "never 0 / 0"
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def roberta(**changes):
+    options = dict(vocab=30, max_length=10, pad=1, dim=16, depth=2, heads=2, ffn=32)
+    return text_encoder(**options | changes)
+
+
+P = 1
+IDS = torch.tensor([[0, 5, 6, 7, 8, 2], [0, 9, 10, 2, P, P], [P, P, 0, 11, 12, 2], [P, 0, P, 13, 2, P]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [1, 3])
+def test_tokens_have_positions_counted_over_what_is_no_padding_wherever_the_padding_stands(pad):
+    embed = scramble(roberta(pad=pad)).embed
+    ids = IDS.masked_fill(IDS == P, pad)
+    x, valid = embed(ids)
+    assert torch.equal(valid, ids != pad) and embed.positions.weight.shape == (10 + pad + 1, 16)
+    placed, bias = embed.place(x, valid)
+    assert bias is None
+    for row, ours in zip(ids.tolist(), placed):
+        count = 0
+        for token, vector in zip(row, ours):
+            if token == pad:
+                assert not vector.any(), "padding is nothing"
+                continue
+            y = embed.tokens.weight[token] + embed.positions.weight[pad + 1 + count]
+            y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
+            close(vector, y * embed.norm.weight + embed.norm.bias)
+            count += 1
+
+
+def test_a_text_may_be_as_long_as_there_are_positions_and_no_longer():
+    encoder = roberta(max_length=6)
+    assert encoder(IDS)[0].shape == (4, 6, 16)
+    with pytest.raises(ValueError, match="7 tokens.*for 6"):
+        encoder(F.pad(IDS, (0, 1), value=P))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_padded_text_gives_what_it_gives_alone(window):
+    encoder = scramble(roberta()).eval()
+    features, layers = encoder(IDS, window=window)
+    for b in range(3 if window else 4):  # a window counts padding within a text
+        real = IDS[b] != P
+        alone_features, alone_layers = encoder(IDS[b : b + 1, real], window=window)
+        for ours, alone in zip([features, *layers], [alone_features, *alone_layers], strict=True):
+            close(ours[b, real], alone[0])
+
+
+def test_initial_weights_of_text_are_berts():
+    encoder = roberta(vocab=300, max_length=200, dim=128, ffn=512)
+    for name, p in encoder.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            assert (p == 1).all(), name
+        elif "bias" in name:
+            assert (p == 0).all(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean().item()) < 0.001, name
+    for table in (encoder.embed.tokens, encoder.embed.positions):
+        assert not table.weight[1].any() and table.weight[0].any(), "padding alone is zero"
+    assert {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    assert encoder.mask_embedding is None and isinstance(encoder.norm, nn.Identity)
+
+
+def test_padding_never_learns():
+    encoder = roberta()
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1)
+    encoder(IDS)[0].square().sum().backward()
+    optimizer.step()
+    assert not encoder.embed.tokens.weight[1].any() and not encoder.embed.positions.weight[1].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers, widths", [(1, [8, 8]), (2, [8, 16, 8]), (3, [8, 16, 16, 8])])
+def test_regression_heads_are_wide_layers_with_gelu_between(layers, widths):
+    head, x = scramble(regression_head(8, layers)), torch.randn(5, 8)
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    assert [m.in_features for m in linears] + [8] == widths and [8] + [m.out_features for m in linears] == widths
+    y = x
+    for i, linear in enumerate(linears):
+        y = y if i == 0 else 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+        y = y @ linear.weight.T + linear.bias
+    close(head(x), y)
