@@ -163,12 +163,12 @@ PRESETS = {
     ),
     # GLUE: section 5.3, RoBERTa's recipe; python finetune.py --preset glue --task CoLA --sweep; paper's numbers in README; not run here
     "glue": dict(
-        goal="sentences", model="base", steps=0, global_batch=0, micro_batch=32, workers=1, probe_every=0, save_every=1000, lr=2e-5,
+        goal="sentences", steps=0, global_batch=0, micro_batch=32, workers=1, probe_every=0, save_every=1000, lr=2e-5,
         layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1,
     ),
     # the same for a small model of train_text.py: python finetune.py --preset glue_small --task SST-2 --data DIR --init CKPT
     "glue_small": dict(
-        goal="sentences", model="corpus", steps=1000, global_batch=32, workers=1, probe_every=200, save_every=0, lr=3e-4,
+        goal="sentences", steps=1000, global_batch=32, workers=1, probe_every=200, save_every=0, lr=3e-4,
         layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1, clip=1.0,
     ),
 }  # fmt: skip
@@ -783,10 +783,10 @@ def paper_values(cfg: Config) -> Config:
         raise BadInput(f"--task: which one? {', '.join(text.TASKS)}, or a folder of yours in --data")
     name = {known.lower(): known for known in text.TASKS}.get(cfg.task.lower(), cfg.task)
     cfg = replace(cfg, task=name, global_batch=cfg.global_batch or (16 if name in ("CoLA", "MRPC", "RTE", "STS-B") else 32))
-    if cfg.steps:
-        return cfg
+    if cfg.steps or name in GLUE_STEPS:
+        return replace(cfg, steps=cfg.steps or GLUE_STEPS[name])
     rows = len(text.open_task(cfg.data, name)[1]["train"].rows)
-    return replace(cfg, steps=GLUE_STEPS.get(name) or math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
+    return replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
 
 
 def sentences_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:

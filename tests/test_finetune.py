@@ -965,10 +965,13 @@ LABELS = ("10m", "1h", "10h", "100h", "960h")
 
 def test_presets_are_named_known_and_can_work():
     speech = ["speech_smoke", "digits", *LABELS, *(f"{name}_large" for name in LABELS), "audioset"]
-    assert list(finetune.PRESETS) == ["smoke", "cifar10", "base", "large", *speech]
+    assert list(finetune.PRESETS) == ["smoke", "cifar10", "base", "large", *speech, "glue", "glue_small"]
     for name, values in finetune.PRESETS.items():
         cfg = finetune.Config(preset=name, **values)
         assert all(type(value) is type(asdict(finetune.Config())[key]) for key, value in values.items())
+        if cfg.goal == "sentences":
+            assert cfg.schedule == "linear" and name.startswith("glue")
+            continue
         assert cfg.warmup < cfg.steps and (cfg.goal == "images") == (name not in speech)
         pretraining = train_vision if cfg.goal == "images" else train_speech
         assert cfg.model in pretraining.PRESETS, "--init none takes this model"
