@@ -26,11 +26,14 @@ PRETRAIN = f"{TINY} --probe_images 40 --eval_images 10"
 SPEECH = "--channels 8 --dim 16 --depth 2 --heads 2 --ffn 32 --pos_groups 2 --pos_width 15 --top_k 2 --min_seconds 0 --guard_after -1"
 SPEECH += " --steps 2 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0 --probe_utterances 4 --eval_utterances 4"
 TUNE = "--steps 2 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0"
+TEXT = "--dim 16 --depth 2 --heads 2 --ffn 32 --max_tokens 32 --top_k 2 --probe_blocks 8 --eval_blocks 4 --global_batch 4 --micro_batch 0"
+TEXT += " --steps 2 --workers 0 --dtype float32 --device cpu --log_every 1 --probe_every 0 --guard_after -1"
 VIT = "--dim 32 --heads 2 --ffn 64 --depth 6 --image_size 64 --global_batch 4 --micro_batch 0"  # ViT shapes, small
 ELSEWHERE = {  # commands that another test runs
     "pytest": "CI, which calls it",
     "python -m data.images": "tests/test_images.py, against a server on localhost and a folder of its layout",
     "python -m data.audio": "tests/test_audio.py, against a server on localhost",
+    "python -m data.text glue": "tests/test_text.py, against a server on localhost",
     "GOLDEN_DIR": "tests/test_golden.py",
 }
 EXTRA = [  # the first pattern that matches a command says what is added to make it small
@@ -40,11 +43,22 @@ EXTRA = [  # the first pattern that matches a command says what is added to make
     (r"train_vision.py", f"{PRETRAIN} --global_batch 8 --guard_after -1"),
     (r"train_speech.py --preset (base|audioset)", f"{SPEECH} --max_samples 480000 --global_batch 30"),
     (r"train_speech.py", f"{SPEECH} --max_seconds 4 --max_samples 64000 --global_batch 8"),
+    (r"train_text.py", TEXT),
     (r"finetune.py .*--(eval_only|predict)", "--workers 0"),
+    (r"finetune.py .*--sweep", f"{TUNE} --global_batch 4 --seeds 1"),
+    (r"finetune.py --preset glue", f"{TUNE} --global_batch 4"),
     (r"finetune.py --preset (digits|speech_smoke|100h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
     (r"finetune.py", f"{TINY} --global_batch 8 --micro_batch 0"),
     (r"-m (tools|data)\.", ""),
 ]
+
+
+def test_the_file_table_is_right():
+    table = dict(re.findall(r"^\| ([a-z_/]+\.py) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tools/*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert set(table) == {name for name, count in lines.items() if count}
+    assert all(abs(int(count) - lines[name]) <= 10 for name, count in table.items()), lines
 
 
 def test_commands_are_found():
@@ -73,6 +87,13 @@ def newcomer(tmp_path_factory):
             soundfile.write(chapter / f"9001-900131-{i:04d}.flac", wave, audio.RATE)
             with open(chapter / "9001-900131.trans.txt", "a") as file:
                 file.write(f"9001-900131-{i:04d} {text}\n")
+    (home / "books.txt").write_text("".join(f"On day {i} the cat sat on mat {i % 7}.\nIt was {i} o'clock.\n\n" for i in range(300)))
+    rows = [f"src\t{i % 2}\t\tthe {('dull', 'fine')[i % 2]} film {i}" for i in range(20)]
+    for task, header, columns in (("SST-2", ["sentence\tlabel"], (3, 1)), ("CoLA", [], (0, 1, 2, 3))):
+        (home / "GLUE" / task).mkdir(parents=True)
+        for split in ("train", "dev"):
+            lines = header + ["\t".join(row.split("\t")[c] for c in columns) for row in rows]
+            (home / "GLUE" / task / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     (home / "SOUNDS").mkdir()
     (home / "SOUNDS" / "classes.txt").write_text("bark\nrain\nsiren\n")
     for i, wave in enumerate(said.waves):
