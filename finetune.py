@@ -137,8 +137,8 @@ PRESETS = {
     "large": IMAGENET | dict(model="large", steps=62_550, lr=5e-3, layer_decay=0.65, drop_path=0.25),
     # python finetune.py --preset speech_smoke [--init runs/speech-smoke/ckpt.pt]: made speech, 2 CPU cores, see README
     "speech_smoke": CTC | dict(
-        model="smoke", steps=200, global_batch=16, max_samples=256_000, max_seconds=4.0, workers=0, log_every=10, probe_every=0, save_every=0,
-        lr=1e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, label_fraction=0.1, channel_p=0.0, clip=3.0, freeze_convs=False,
+        model="smoke", steps=700, global_batch=16, max_samples=256_000, max_seconds=4.0, workers=0, log_every=10, probe_every=0, save_every=0,
+        lr=2e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, label_fraction=0.1, channel_p=0.0, clip=3.0, freeze_convs=False,
     ),
     # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
     "digits": CTC | dict(
