@@ -134,17 +134,17 @@ class Encoder(nn.Module):
         x, bias = self.embed.place(x, valid)
         bias = restrict(bias, valid, self.embed.distance(x) <= window if window else None, self.prefix)
         layers = []
-        for block in self.blocks:
+        for l, block in enumerate(self.blocks):
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
                 x = x + 0 * sum(p.sum() for p in block.parameters())  # gradients of 0: DDP waits for all of them
                 continue
-            x, a = block(x, bias)
+            x, a = block(x, bias[l] if bias is not None and bias.ndim == 5 else bias)  # 5: each block has its own
             layers.append(a[:, self.prefix :])
         return self.norm(x), layers
 
 
 def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, prefix: int) -> Tensor | None:
-    """Forbids attention to padding and beyond a window, on top of a bias broadcastable to (B, H, T, T), or None.
+    """Forbids attention to padding and beyond a window, on top of a bias broadcastable to ([L,] B, H, T, T), or None.
 
     Without a bias the result is boolean, True = is seen, which scaled_dot_product_attention takes as well.
 
@@ -165,17 +165,20 @@ def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, pre
 
 
 class PatchEmbed(nn.Module):
-    """Images to patches (a strided convolution), a class token in front, positions by a table shared by all blocks.
+    """Images to patches (a strided convolution), a class token in front, positions by a table of biases of the attention.
 
     image_size       (height, width) in pixels, each a multiple of `patch`
     learned_std      > 0 adds a learned absolute position to every patch, initialised at this std (not in the paper)
     relative         the paper's relative-position bias: (2H - 1)(2W - 1) + 3 rows of one value a head; the last three
                      are class token -> patch, patch -> class token, class token -> class token
+    tables           0: all blocks share one table (rows, heads); L: each of L blocks has its own, (L, rows, heads)
     """
 
     prefix = 1
 
-    def __init__(self, image_size: tuple[int, int], patch: int, dim: int, heads: int, relative: bool, learned_std: float):
+    def __init__(
+        self, image_size: tuple[int, int], patch: int, dim: int, heads: int, relative: bool, learned_std: float, tables: int = 0
+    ):
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             raise ValueError(f"image_size {image_size[0]} x {image_size[1]} is not a multiple of patch {patch}")
@@ -184,7 +187,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, stride=patch)
         self.cls = nn.Parameter(torch.zeros(dim))
         self.learned = nn.Parameter(learned_std * torch.randn(height * width, dim)) if learned_std else None
-        self.table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1) + 3, heads)) if relative else None
+        shape = (tables,) * (tables > 0) + ((2 * height - 1) * (2 * width - 1) + 3, heads)
+        self.table = nn.Parameter(torch.zeros(shape)) if relative else None
         if relative:  # rebuilt from the grid, so it is neither averaged nor saved
             self.register_buffer("index", relative_index(height, width), persistent=False)
 
@@ -198,7 +202,12 @@ class PatchEmbed(nn.Module):
         if self.learned is not None:
             x = x + self.learned.to(x.dtype)
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return x, None if self.table is None else rearrange(F.embedding(self.index, self.table), "i j h -> 1 h i j")
+        if self.table is None:
+            return x, None
+        if self.table.ndim == 2:
+            return x, rearrange(F.embedding(self.index, self.table), "i j h -> 1 h i j")
+        rows = F.embedding(self.index, rearrange(self.table, "l r h -> r (l h)"))
+        return x, rearrange(rows, "i j (l h) -> l 1 h i j", l=len(self.table))
 
     def distance(self, x: Tensor) -> Tensor:
         """(T, T): patches apart, the larger of rows and columns."""
@@ -225,7 +234,9 @@ def resize_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """The same for a relative-position table (rows, H): its offsets form a grid, its last three rows stay."""
+    """The same for a relative-position table ([L,] rows, H): its offsets form a grid, its last three rows stay."""
+    if table.ndim == 3:
+        return torch.stack([resize_positions(one, old, new) for one in table])
     offsets = [(2 * height - 1, 2 * width - 1) for height, width in (old, new)]
     return torch.cat([resize_grid(table[:-3], *offsets), table[-3:]])
 
@@ -233,19 +244,19 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
 def vision_encoder(
     *, image_size: tuple[int, int], patch: int, dim: int, depth: int, heads: int, ffn: int, layer_scale: float,
     drop_path: float = 0.0, dropout: float = 0.0, attn_dropout: float = 0.0, target: str = "block",
-    relative: bool = True, learned_std: float = 0.0, init_std: float = 0.02,
+    relative: bool = True, per_block: bool = False, learned_std: float = 0.0, init_std: float = 0.02, eps: float = 1e-6,
 ) -> Encoder:  # fmt: skip
     """The ViT of data2vec (paper section 4.1; Dosovitskiy et al. 2020, Bao et al. 2021): pre-norm, layer scale,
-    drop path rising linearly over depth, no key bias, relative positions, LayerNorm eps 1e-6."""
-    embed = PatchEmbed(image_size, patch, dim, heads, relative, learned_std)
+    drop path rising linearly over depth, no key bias, relative positions (per_block: a table for each), LayerNorm eps 1e-6."""
+    embed = PatchEmbed(image_size, patch, dim, heads, relative, learned_std, depth * per_block)
     blocks = [
         Block(
-            dim, heads, ffn, pre_norm=True, eps=1e-6, k_bias=False, target=target, layer_scale=layer_scale or None,
+            dim, heads, ffn, pre_norm=True, eps=eps, k_bias=False, target=target, layer_scale=layer_scale or None,
             drop_path=drop_path * i / max(depth - 1, 1), dropout=dropout, attn_dropout=attn_dropout,
         )
         for i in range(depth)
     ]  # fmt: skip
-    encoder = Encoder(embed, blocks, nn.LayerNorm(dim, eps=1e-6), dim)
+    encoder = Encoder(embed, blocks, nn.LayerNorm(dim, eps=eps), dim)
     init_vision(encoder, init_std)
     return encoder
 
@@ -270,27 +281,35 @@ def init_vision(module: nn.Module, std: float = 0.02) -> None:
 CONVS = ((512, 10, 5),) + 4 * ((512, 3, 2),) + 2 * ((512, 2, 2),)  # channels, kernel, stride: 16 kHz -> 50 frames a second
 
 
+def convolutions(channels: int, convs: list[str]) -> tuple[tuple[int, int, int], ...]:
+    """(channels, kernel, stride) of each layer from the options: `convs` spells them out, such as "512,10,5"; [] is CONVS' form."""
+    return tuple(tuple(int(n) for n in conv.split(",")) for conv in convs) or tuple((channels, k, s) for _, k, s in CONVS)
+
+
 class WaveEmbed(nn.Module):
     """Waveforms to frames (strided convolutions, no padding), positions from a stack of wide convolutions.
 
     convs    (channels, kernel, stride) of each layer; every layer is conv without bias, LayerNorm over channels, GELU
     groups   of the position convolutions, a divisor of dim
     dropout  of what enters the Transformer
+    eps      of the two norms that are no convolution's
     """
 
     prefix = 0
 
-    def __init__(self, convs: tuple[tuple[int, int, int], ...], dim: int, kernel: int, depth: int, groups: int, dropout: float):
+    def __init__(
+        self, convs: tuple[tuple[int, int, int], ...], dim: int, kernel: int, depth: int, groups: int, dropout: float, eps: float
+    ):
         super().__init__()
         widths = [1] + [channels for channels, _, _ in convs]
         self.content = nn.ModuleDict({
             "convs": nn.ModuleList(nn.Conv1d(w, c, k, stride, bias=False) for w, (c, k, stride) in zip(widths, convs)),
             "norms": nn.ModuleList(nn.LayerNorm(c) for c, _, _ in convs),
-            "norm": nn.LayerNorm(widths[-1]),
+            "norm": nn.LayerNorm(widths[-1], eps=eps),
             "proj": nn.Linear(widths[-1], dim),
         })  # fmt: skip
         self.positions = nn.ModuleList(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(depth))
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=eps), nn.Dropout(dropout)
 
     def frames(self, samples):
         """Number of frames of so many samples (int or Tensor): floor((n - kernel) / stride + 1), layer after layer."""
@@ -344,14 +363,14 @@ def convolve(conv: nn.Conv1d, norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def speech_encoder(
     *, dim: int, depth: int, heads: int, ffn: int, convs: tuple[tuple[int, int, int], ...] = CONVS, kernel: int = 19,
     pos_depth: int = 5, groups: int = 16, dropout: float = 0.0, attn_dropout: float = 0.0, ffn_dropout: float = 0.0,
-    layer_drop: float = 0.0, target: str = "ffn", deep_norm: bool = False,
+    layer_drop: float = 0.0, target: str = "ffn", deep_norm: bool = False, eps: float = 1e-5,
 ) -> Encoder:  # fmt: skip
     """The wav2vec 2.0 encoder as data2vec changes it (paper section 4.2): post-norm, 5 position convolutions, LayerNorm
     eps 1e-5, no final norm. deep_norm: residual gain (2L)^(1/4) and smaller initial weights (AudioSet; Wang et al. 2022)."""
-    embed = WaveEmbed(convs, dim, kernel, pos_depth, groups, dropout)
+    embed = WaveEmbed(convs, dim, kernel, pos_depth, groups, dropout, eps)
     blocks = [
         Block(
-            dim, heads, ffn, pre_norm=False, eps=1e-5, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
+            dim, heads, ffn, pre_norm=False, eps=eps, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
             ffn_dropout=ffn_dropout, alpha=(2 * depth) ** 0.25 if deep_norm else 1.0,
         )
         for _ in range(depth)
@@ -372,12 +391,12 @@ class TokenEmbed(nn.Module):
 
     prefix = 0
 
-    def __init__(self, vocab: int, max_length: int, pad: int, dim: int, dropout: float):
+    def __init__(self, vocab: int, max_length: int, pad: int, dim: int, dropout: float, eps: float):
         super().__init__()
         self.pad = pad
         self.tokens = nn.Embedding(vocab, dim, padding_idx=pad)
         self.positions = nn.Embedding(max_length + pad + 1, dim, padding_idx=pad)
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim, eps=eps), nn.Dropout(dropout)
 
     def forward(self, ids: Tensor, valid: None = None) -> tuple[Tensor, Tensor]:
         """ids (B, T) int64 -> token vectors (B, T, D), valid (B, T) = no padding. Raises ValueError for too long a text."""
@@ -394,13 +413,13 @@ class TokenEmbed(nn.Module):
 
 def text_encoder(
     *, vocab: int, max_length: int, pad: int, dim: int, depth: int, heads: int, ffn: int, dropout: float = 0.0,
-    attn_dropout: float = 0.0, ffn_dropout: float = 0.0, target: str = "ffn",
+    attn_dropout: float = 0.0, ffn_dropout: float = 0.0, target: str = "ffn", eps: float = 1e-5,
 ) -> Encoder:  # fmt: skip
     """RoBERTa's encoder (paper section 4.3; Liu et al. 2019): post-norm, LayerNorm eps 1e-5; <mask> is a token of the input."""
-    embed = TokenEmbed(vocab, max_length, pad, dim, dropout)
+    embed = TokenEmbed(vocab, max_length, pad, dim, dropout, eps)
     blocks = [
         Block(
-            dim, heads, ffn, pre_norm=False, eps=1e-5, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
+            dim, heads, ffn, pre_norm=False, eps=eps, k_bias=True, target=target, dropout=dropout, attn_dropout=attn_dropout,
             ffn_dropout=ffn_dropout,
         )
         for _ in range(depth)
@@ -460,20 +479,23 @@ def regression_head(dim: int, layers: int = 1) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """Fine-tuning: mean of the positions' last layer -> LayerNorm -> Linear. The encoder's own final norm is dropped."""
+    """Fine-tuning: mean of the positions' last layer -> LayerNorm -> Linear. The encoder's own final norm is dropped.
 
-    def __init__(self, encoder: Encoder, classes: int):
+    pool_cls  the class token's last layer instead of the mean, as some models of other origin have it
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, pool_cls: bool = False):
         super().__init__()
+        self.norm = nn.LayerNorm(encoder.dim, eps=getattr(encoder.norm, "eps", 1e-6))
         encoder.norm, encoder.mask_embedding = nn.Identity(), None
-        self.encoder = encoder
-        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+        self.encoder, self.pool_cls = encoder, pool_cls
         self.out = nn.Linear(encoder.dim, classes)
         init_vision(self.out)
 
     def forward(self, input: Tensor) -> Tensor:
         """input -> logits (B, classes)."""
         features, _ = self.encoder(input)
-        return self.out(self.norm(features[:, self.encoder.prefix :].mean(1)))
+        return self.out(self.norm(features[:, 0] if self.pool_cls else features[:, self.encoder.prefix :].mean(1)))
 
 
 class SentenceClassifier(nn.Module):

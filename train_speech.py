@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 
@@ -23,7 +24,7 @@ import common
 from common import BadInput, option
 from data import audio, letters
 from masking import span_mask
-from model import CONVS, Student, Teacher, regression_head, speech_encoder
+from model import Student, Teacher, convolutions, regression_head, speech_encoder
 from targets import explained, feature_std, fit_ctc, regression_loss, tau_at, top_k_average
 from tools import convert
 
@@ -57,6 +58,7 @@ class Config:
     eval_utterances: int = option(100, "held-out utterances for explained and the probe")
     # model: small values of these make the small presets
     channels: int = option(64, "width of the 7 convolutions that make 50 frames a second; most of the time goes there")
+    convs: list = option([], "those convolutions one by one, each as channels,kernel,stride; none: as in the paper, of that width")
     dim: int = option(128, "width D")
     depth: int = option(4, "layers L")
     heads: int = option(4, "attention heads; dim must be a multiple")
@@ -64,6 +66,7 @@ class Config:
     pos_depth: int = option(5, "position convolutions")
     pos_width: int = option(95, "frames that they see together; each has a kernel of pos_width / pos_depth")
     pos_groups: int = option(16, "groups of the position convolutions; dim must be a multiple")
+    norm_eps: float = option(1e-5, "epsilon of the layer norms; weights from elsewhere may want another")
     dropout: float = option(0.0, "dropout of the student's embedding and of both branches")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
     ffn_dropout: float = option(0.0, "dropout inside the student's FFNs")
@@ -158,6 +161,8 @@ def check(cfg: Config, world: int) -> int:
         raise BadInput(f"--top_k {cfg.top_k}: the model has only --depth {cfg.depth} layers")
     if cfg.schedule == "tri_stage" and (cfg.warmup + cfg.decay > 1 or cfg.decay and not cfg.final_scale):
         raise BadInput(f"--warmup {cfg.warmup} --decay {cfg.decay} --final_scale {cfg.final_scale}: shares of the steps that overlap, or a decay to nothing")  # fmt: skip
+    if wrong := [conv for conv in cfg.convs if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", conv)]:
+        raise BadInput(f"--convs {wrong[0]}: not three whole numbers as in 512,10,5 (channels, kernel, stride)")
     count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
     if count % world:
         raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip
@@ -167,9 +172,10 @@ def check(cfg: Config, world: int) -> int:
 def build(cfg: Config) -> Student:
     """The student of these options, with random weights. finetune.py builds the same encoder from a checkpoint's config."""
     encoder = speech_encoder(
-        dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn, convs=tuple((cfg.channels, k, s) for _, k, s in CONVS),
+        dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn, convs=convolutions(cfg.channels, cfg.convs),
         kernel=max(3, cfg.pos_width // cfg.pos_depth), pos_depth=cfg.pos_depth, groups=cfg.pos_groups, dropout=cfg.dropout,
         attn_dropout=cfg.attn_dropout, ffn_dropout=cfg.ffn_dropout, layer_drop=cfg.layer_drop, target=cfg.target, deep_norm=cfg.deep_norm,
+        eps=cfg.norm_eps,
     )  # fmt: skip
     return Student(encoder, regression_head(cfg.dim))
 
@@ -205,9 +211,9 @@ def main():
         if "classes" in state:
             raise BadInput(f"{source}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
         convert.load_into(student, state["student"], source)
-        for name in ("heads", "deep_norm"):  # the shapes of weights do not tell
-            if state["config"][name] != getattr(cfg, name):
-                raise BadInput(f"{source}: was trained with --{name} {state['config'][name]}; take the same")
+        for name in ("heads", "deep_norm", "norm_eps"):  # the shapes of weights do not tell
+            if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
+                raise BadInput(f"{source}: was trained with --{name} {theirs}; take the same")
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
         if state["teacher"] and (resumed or cfg.init_teacher == "teacher"):
             convert.load_into(teacher, state["teacher"], source)

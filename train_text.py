@@ -58,6 +58,7 @@ class Config:
     depth: int = option(4, "layers L")
     heads: int = option(4, "attention heads; dim must be a multiple")
     ffn: int = option(512, "hidden width of the FFN")
+    norm_eps: float = option(1e-5, "epsilon of the layer norms; weights from elsewhere may want another")
     dropout: float = option(0.0, "dropout of the embedding and of both branches of the student")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
     head_layers: int = option(2, "layers of the regression head")
@@ -152,7 +153,7 @@ def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights. finetune.py builds the same encoder from a checkpoint's config."""
     encoder = text_encoder(
         vocab=vocab, max_length=cfg.max_tokens, pad=text.PAD, dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn,
-        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target,
+        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target, eps=cfg.norm_eps,
     )  # fmt: skip
     return Student(encoder, regression_head(cfg.dim, cfg.head_layers) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
 
@@ -167,9 +168,9 @@ def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> di
     theirs = text.Vocabulary.parse(state["vocabulary"])
     if (theirs.size, [*theirs.pieces.items()]) != (vocabulary.size, [*vocabulary.pieces.items()]):
         raise BadInput(f"{path}: has another vocabulary, of {theirs.size}; prepare the text with it: data.text prepare --vocab {Path(path).parent}/vocab")  # fmt: skip
-    for name in ("objective", "max_tokens", "dim", "depth", "heads", "ffn", "head_layers"):
-        if state["config"][name] != getattr(cfg, name):
-            raise BadInput(f"{path}: was trained with --{name} {state['config'][name]}; take the same")
+    for name in ("objective", "max_tokens", "dim", "depth", "heads", "ffn", "head_layers", "norm_eps"):
+        if (their_value := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
+            raise BadInput(f"{path}: was trained with --{name} {their_value}; take the same")
     convert.load_into(student, state["student"], path)
     return state
 

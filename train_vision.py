@@ -64,7 +64,9 @@ class Config:
     dropout: float = option(0.0, "dropout on both branches of the student")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
     relative: bool = option(True, "relative-position bias shared by all blocks (the paper's positions)")
+    per_block: bool = option(False, "a table for every block instead, as released models are fine-tuned")
     learned_std: float = option(0.0, "> 0 adds learned absolute positions of this initial std (ours, for small models)")
+    norm_eps: float = option(1e-6, "epsilon of the layer norms; weights from elsewhere may want another")
     init_std: float = option(0.02, "std of the initial weights; far larger than 1 / sqrt(dim) diverges")
     # data2vec
     mask_ratio: float = option(0.6, "share of patches hidden from the student")
@@ -181,7 +183,8 @@ def main():
     encoder = vision_encoder(
         image_size=size, patch=cfg.patch, dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn,
         layer_scale=cfg.layer_scale, drop_path=cfg.drop_path, dropout=cfg.dropout, attn_dropout=cfg.attn_dropout,
-        target=cfg.target, relative=cfg.relative, learned_std=cfg.learned_std, init_std=cfg.init_std,
+        target=cfg.target, relative=cfg.relative, per_block=cfg.per_block, learned_std=cfg.learned_std, init_std=cfg.init_std,
+        eps=cfg.norm_eps,
     )  # fmt: skip
     head = regression_head(cfg.dim)
     init_vision(head, cfg.init_std)
@@ -209,6 +212,8 @@ def main():
         state = convert.read(cfg.init)
         if "classes" in state:
             raise BadInput(f"--init {cfg.init}: a fine-tuned classifier; pre-training goes on from a pre-trained checkpoint")
+        if (theirs := state["config"].get("norm_eps", 1e-6)) != cfg.norm_eps:  # the shapes of weights do not tell
+            raise BadInput(f"--init {cfg.init}: was trained with --norm_eps {theirs}; take the same")
         grids = convert.patch_grid(state["config"]), grid
         convert.load_into(student, state["student"], cfg.init, *grids)
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
