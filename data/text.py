@@ -96,11 +96,15 @@ class Vocabulary:
         """-> text; special tokens by their names, bytes that are not UTF-8 as the replacement character."""
         return b"".join(self.spelling.get(int(i), SPECIAL[UNK].encode()) for i in ids).decode(errors="replace")
 
+    def spell(self):
+        """-> text: a line with the size, then a line `base64 id` for each piece, in order of merging."""
+        lines = (f"{base64.b64encode(piece).decode()} {i}\n" for piece, i in self.pieces.items())
+        return f"data2vec vocabulary, ids: {self.size}\n" + "".join(lines)
+
     def save(self, path):
-        """A line with the size, then a line `base64 id` for each piece, in order of merging."""
+        """A file of what spell() says."""
         with open(part := f"{path}.{uuid.uuid4().hex}", "w", encoding="ascii") as file:
-            file.write(f"data2vec vocabulary, ids: {self.size}\n")
-            file.writelines(f"{base64.b64encode(piece).decode()} {i}\n" for piece, i in self.pieces.items())
+            file.write(self.spell())
         os.replace(part, path)
 
     @classmethod

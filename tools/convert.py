@@ -1,19 +1,16 @@
-"""Checkpoints of other origin -> ours.
+"""Checkpoints in and out: released data2vec weights, folders of the transformers library, and ours.
 
-    python -m tools.convert IN OUT     a released vision checkpoint (.pth) -> a checkpoint of ours
+    python -m tools.convert IN OUT.pt     released .pt or .pth, or a folder -> a checkpoint of ours
+    python -m tools.convert IN OUT        any of these -> a folder for from_pretrained(): config.json, weights, tokenizer
 
-`read` is what the scripts call for --init: our own checkpoints pass as they are, the released vision format
-(pre-trained or fine-tuned) is converted. Only tensors and plain containers are ever read from a file.
+`read` is what the scripts call for --init: all of these are taken as they are, this command is for keeping the result. What a
+file cannot say is asked for by options, whose defaults are the released recipe. Every weight finds its place or is named.
 """
 
 import argparse
-import math
-import pickle
-import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,196 +19,129 @@ if __name__ == "__main__":  # `python tools/convert.py` works as well as `python
 
 import common
 from common import BadInput
-from model import relative_index, resize_grid, resize_positions
-
-# ---- released vision names: the encoder of BEiT, a shared relative-position table, a linear head -----------------------
-
-VISION = {
-    r"cls_token": "embed.cls",
-    r"mask_token": "mask_embedding",
-    r"pos_embed": "embed.learned",
-    r"patch_embed\.proj\.(weight|bias)": r"embed.proj.\1",
-    r"rel_pos_bias\.relative_position_bias_table": "embed.table",
-    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.scale\2",
-    r"blocks\.(\d+)\.norm([12])\.(weight|bias)": r"blocks.\1.norm\2.\3",
-    r"blocks\.(\d+)\.attn\.([qv])_bias": r"blocks.\1.attn.\2_bias",
-    r"blocks\.(\d+)\.attn\.qkv\.weight": r"blocks.\1.attn.qkv.weight",
-    r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"blocks.\1.attn.out.\2",
-    r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
-    r"norm\.(weight|bias)": r"norm.\1",
-}
-VISION_HEAD = {r"lm_head\.(weight|bias)": r"\1"}  # regression head of pre-training
-VISION_CLASSIFIER = {r"fc_norm\.(weight|bias)": r"norm.\1", r"head\.(weight|bias)": r"out.\1"}
-VISION_UNUSED = r".*relative_position_index"  # tells the grid, and is recomputed from it
+from model import (
+    Classifier, Encoder, Recogniser, SentenceClassifier, Student, convolutions, regression_head, resize_grid, resize_positions, speech_encoder,
+    text_encoder, vision_encoder,
+)  # fmt: skip
+from tools import hub, released
+from tools.released import (  # noqa: F401  (names in use elsewhere)
+    POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config, vision_grid,
+)  # fmt: skip
+from tools.unpickle import load, tensors
 
 
-def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors whose name matches a pattern of `table`, under their new names."""
-    new = {}
-    for name, tensor in state.items():
-        for pattern, ours in table.items():
-            if match := re.fullmatch(pattern, name):
-                new[match.expand(ours)] = tensor.flatten() if ours in ("embed.cls", "mask_embedding") else tensor
-    return new
+def read(path: str | Path, asked: dict | None = None) -> dict:
+    """A checkpoint or folder of any known origin -> what a checkpoint of ours holds. Raises BadInput.
 
-
-def vision_grid(rows: int, index: Tensor | None) -> tuple[int, int] | None:
-    """(H, W) in patches of a model with so many relative positions; None if that cannot be told.
-
-    index  the file's own relative_index, (1 + H * W, 1 + H * W); without it, or if it is damaged, only a square is known
+    student, teacher  {name: tensor}; the teacher None if the file has none
+    config            sizes and targets, under the names of the Configs of train_*.py
+    classes, goal     if fine-tuned: what the outputs stand for, and what they are (images, letters, sounds, clips, sentences)
+    vocabulary        text: what data.text's Vocabulary.parse takes, if the file or what lies beside it tells
+    origin, notes     not of ours: what it was recognised as; what was left out or made up
+    fresh             not of ours: names of parts that it lacks by design (the regression head), for load_into
+    asked             what the user says where the file cannot (heads, top_k, ...; classes, vocab: a folder)
     """
-    side = (math.isqrt(max(rows - 3, 0)) + 1) // 2
-    patches = side * side if index is None else len(index) - 1
-    for height in range(1, patches + 1):
-        width = patches // height
-        if height * width == patches and (2 * height - 1) * (2 * width - 1) + 3 == rows:
-            if height == width or index is not None and torch.equal(index, relative_index(height, width)):
-                return height, width
-    return None
-
-
-def vision_config(encoder: dict[str, Tensor], index: Tensor | None, path: str) -> dict:
-    """Sizes of a vision encoder, from its renamed weights and relative_position_index. Raises BadInput if they do not tell."""
-    blocks = {int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")}
-    needed = ("embed.table", "embed.proj.weight", "blocks.0.fc1.weight")
-    if lacking := [name for name in needed if name not in encoder]:
-        raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
-    table, proj = encoder["embed.table"], encoder["embed.proj.weight"]
-    if not (grid := vision_grid(len(table), index)):
-        raise BadInput(f"{path}: {len(table)} relative positions are not those of a square image, and no relative_position_index in it fits them")
-    patch = proj.shape[-1]
-    return {
-        "patch": patch, "dim": len(proj), "heads": table.shape[1], "image_size": grid[0] * patch,
-        "image_width": grid[1] * patch if grid[0] != grid[1] else 0, "depth": 1 + max(blocks), "ffn": len(encoder["blocks.0.fc1.weight"]),
-        "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0, "relative": True, "learned_std": 0.0,
-    }  # fmt: skip
-
-
-def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
-    """{"model": ..., "model_ema": ...} with the released names -> {"student", "teacher"[, "classes"]}.
-
-    student  encoder.* and head.* (pre-trained), or encoder.*, norm.* and out.* of a classifier (fine-tuned: such a file
-             has no mask token and no final norm, and does not name its classes: they become "0", "1", ...)
-    teacher  encoder.*, or None
-    """
-    model, ema = file.get("model", file), file.get("model_ema")
-    known = [*VISION, *VISION_HEAD, *VISION_CLASSIFIER, VISION_UNUSED]
-    if strange := [name for name in [*model, *(ema or {})] if not any(re.fullmatch(p, name) for p in known)]:
-        raise BadInput(f"{path}: released vision checkpoint with unknown weights: {', '.join(strange[:5])}")
-    new = {"student": {f"encoder.{name}": tensor for name, tensor in rename(model, VISION).items()}, "teacher": None}
-    if "fc_norm.weight" in model:
-        new["student"] |= rename(model, VISION_CLASSIFIER)
-        new["classes"] = [str(i) for i in range(len(model["head.weight"]))]
+    asked, folder = asked or {}, Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadInput(f"{path}: a folder without config.json; give a folder of the transformers library, or ckpt.pt of a run")
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+        raise BadInput(f"{path}: a folder without weights of the transformers library; of a run give ckpt.pt or best.pt in it")
+    if folder.is_dir():
+        new = hub.read(folder, asked)
     else:
-        new["student"] |= {f"head.{name}": tensor for name, tensor in rename(model, VISION_HEAD).items()}
-    if ema:
-        new["teacher"] = {f"encoder.{name}": tensor for name, tensor in rename(ema, VISION).items()}
+        file = load(path)
+        if not isinstance(file, dict):
+            raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint; give ckpt.pt or best.pt of a run")
+        if {"student", "teacher", "config"} <= file.keys():
+            for part in ("student", "teacher"):
+                file[part] and tensors(file[part], path, part)  # nothing but tensors
+            return file
+        new = released.from_released(file, str(path), asked)
+        if new is None:
+            raise BadInput(f"{path}: neither a checkpoint of ours nor a released one that is known; it holds {', '.join(map(str, list(file)[:6]))}")
+    new = {"notes": []} | new
+    complete(new, path)
+    if "max_tokens" in new["config"]:
+        add_vocabulary(new, path, asked)
     return new
 
 
-# ---- released speech and text names: the encoders of wav2vec 2.0 and of RoBERTa --------------------------------------
+def complete(state: dict, path) -> None:
+    """Checks that the weights are all that the model has. Raises BadInput that lists the others.
 
-SPEECH = {
-    r"mask_emb": "mask_embedding",
-    r"feature_extractor\.conv_layers\.(\d+)\.0\.weight": r"embed.content.convs.\1.weight",
-    r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.(weight|bias)": r"embed.content.norms.\1.\2",
-    r"layer_norm\.(weight|bias)": r"embed.content.norm.\1",
-    r"post_extract_proj\.(weight|bias)": r"embed.content.proj.\1",
-    r"encoder\.pos_conv\.(\d+)\.0\.(weight|bias)": r"embed.positions.\1.\2",
-    r"encoder\.layer_norm\.(weight|bias)": r"embed.norm.\1",
-}
-POST_NORM = {  # the layers of speech and text alike
-    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight": r"blocks.\1.attn.\2.weight",
-    r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.bias": r"blocks.\1.attn.\2_bias",
-    r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(weight|bias)": r"blocks.\1.attn.out.\2",
-    r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(weight|bias)": r"blocks.\1.norm1.\2",
-    r"encoder\.layers\.(\d+)\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
-    r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"blocks.\1.norm2.\2",
-}
-
-
-TEXT = {
-    r"encoder\.embed_(tokens|positions)\.weight": r"embed.\1.weight",
-    r"encoder\.layernorm_embedding\.(weight|bias)": r"embed.norm.\1",
-}
+    Parts that other origins lack by design are named in the notes: a mask embedding becomes zeros, the final norm of vision
+    the identity; the head of pre-training is left to be new ("fresh").
+    """
+    with torch.device("meta"):
+        wanted = build(state).state_dict()
+    student, made, state["fresh"] = state["student"], [], []
+    for name, tensor in wanted.items():
+        if name not in student and name in ("encoder.mask_embedding", "encoder.norm.weight", "encoder.norm.bias"):
+            student[name] = torch.full(tensor.shape, float(name == "encoder.norm.weight"))
+            made.append(name.removeprefix("encoder.").split(".")[0])
+        elif name not in student and name.startswith("head."):
+            state["fresh"] = ["head"]
+    check_fit(wanted, student, path, state["fresh"])
+    if state["teacher"]:
+        teacher = state["teacher"] = {name: student[name] for name in wanted if name.startswith("encoder.")} | state["teacher"]
+        check_fit({name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}, teacher, path)
+    if made:
+        state["notes"].append(f"made up, as the file has none: {', '.join(sorted(set(made)))}")
+    if state["fresh"]:
+        state["notes"].append("new by design: head, the regression head of pre-training")
 
 
-def fuse(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value matrices of a layer become one."""
-    new = dict(encoder)
-    for name in encoder:
-        if name.endswith("attn.q.weight"):
-            stem = name.removesuffix("q.weight")
-            new[stem + "qkv.weight"] = torch.cat([new.pop(f"{stem}{part}.weight") for part in "qkv"])
-    return new
+def add_vocabulary(state: dict, path, asked: dict) -> None:
+    """Text: the vocabulary that the user names, or that lies in the folder or beside the file; else a note says what to do."""
+    from data import text  # only text needs it
+
+    beside = Path(path) if Path(path).is_dir() else Path(path).parent
+    there = {part.name for part in beside.iterdir()}
+    known = "vocab" in there or {"vocab.json", "encoder.json"} & there and {"merges.txt", "vocab.bpe"} & there
+    if not asked.get("vocab") and not known:
+        state["notes"].append("no vocabulary: put vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt, beside the weights")
+        return
+    vocabulary = text.open_vocabulary(str(asked.get("vocab") or beside))
+    rows = len(state["student"]["encoder.embed.tokens.weight"])
+    if vocabulary.size != rows:
+        raise BadInput(f"{asked.get('vocab') or beside}: a vocabulary of {vocabulary.size} tokens, but the model of {path} has {rows}")
+    state["vocabulary"] = vocabulary.spell()
 
 
-def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> dict:
-    """Released names -> {"student", "teacher"}; the teacher's content (convolutions, projection) is the student's."""
-    encoder = fuse(rename(model, SPEECH | POST_NORM))
-    student = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    student |= rename(model, {r"final_proj\.(weight|bias)": r"head.\1", r"proj\.(weight|bias)": r"out.\1"})
-    if ema is None:
-        return {"student": student, "teacher": None}
-    averaged = fuse(rename({f"encoder.{name}": tensor for name, tensor in ema.items()}, SPEECH | POST_NORM))
-    return {"student": student, "teacher": {f"encoder.{name}": tensor for name, tensor in (encoder | averaged).items()}}
+# ---- from a config to a model ------------------------------------------------------------------------------------------------
 
 
-def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> dict:
-    """Released names (encoder.sentence_encoder.*, encoder.regression_head.*; the teacher's without prefix) -> as for speech."""
-    inner = {name.replace("encoder.sentence_encoder.", "encoder."): tensor for name, tensor in model.items()}
-    encoder = fuse(rename(inner, TEXT | POST_NORM))
-    student = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
-    several = "encoder.regression_head.2.weight" in inner  # one layer alone is no Sequential here
-    student |= rename(inner, {r"encoder\.regression_head\.(\d+)\.(weight|bias)": r"head.\1.\2" if several else r"head.\2"})
-    if ema is None:
-        return {"student": student, "teacher": None}
-    averaged = fuse(rename({f"encoder.{name}": tensor for name, tensor in ema.items()}, TEXT | POST_NORM))
-    return {"student": student, "teacher": {f"encoder.{name}": tensor for name, tensor in (encoder | averaged).items()}}
+def encoder_of(config: dict, vocab: int = 0) -> Encoder:
+    """The encoder of a checkpoint's config, with random weights and without regularisers; vocab: tokens of a text model."""
+    sizes = {name: config[name] for name in ("dim", "depth", "heads", "ffn")}
+    if "patch" in config:
+        size = config["image_size"], config.get("image_width") or config["image_size"]
+        more = {name: config[name] for name in ("target", "relative", "per_block", "learned_std") if name in config}
+        return vision_encoder(
+            image_size=size, patch=config["patch"], layer_scale=config["layer_scale"], eps=config.get("norm_eps", 1e-6), **sizes, **more
+        )
+    sizes |= {"eps": config.get("norm_eps", 1e-5), "target": config.get("target", "ffn")}
+    if "channels" in config:
+        return speech_encoder(
+            convs=convolutions(config["channels"], config.get("convs") or []), kernel=max(3, config["pos_width"] // config["pos_depth"]),
+            pos_depth=config["pos_depth"], groups=config["pos_groups"], deep_norm=config.get("deep_norm", False), **sizes,
+        )  # fmt: skip
+    return text_encoder(vocab=vocab, max_length=config["max_tokens"], pad=1, **sizes)
 
 
-# ---- any checkpoint ----------------------------------------------------------------------------------------------------
-
-
-def numpy_scalar(package: str):
-    """What makes a NumPy number of its bytes, under the name that NumPy before ("core") and since ("_core") 2 gives it."""
-
-    def scalar(dtype: np.dtype, value: bytes):
-        return np.float64(0).__reduce__()[0](dtype, value)
-
-    scalar.__module__, scalar.__qualname__ = f"numpy.{package}.multiarray", "scalar"  # how torch tells what is allowed
-    return scalar
-
-
-def load(path: str | Path) -> dict:
-    """Reads a checkpoint onto the CPU; only tensors and plain containers, so that nothing in the file is run."""
-    # released files hold options and NumPy learning rates beside the weights
-    harmless = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), *map(numpy_scalar, ("core", "_core"))]
+def build(state: dict) -> torch.nn.Module:
+    """The model that a checkpoint is of, with random weights: a Student, or what it was fine-tuned to."""
+    config, student = state["config"], state["student"]
     try:
-        with torch.serialization.safe_globals(harmless):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch's readers raise nearly anything on bytes that are no checkpoint
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text goes on to recommend loading it unsafely
-            reason = "it asks for more than tensors and plain containers"
-        raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely ({reason})") from None
-
-
-def read(path: str) -> dict:
-    """A checkpoint of any known origin -> {"student", "teacher" or None, "config", "classes" if fine-tuned}. Raises BadInput."""
-    file = load(path)
-    if not isinstance(file, dict):
-        raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint; give ckpt.pt or best.pt of a run")
-    if {"student", "teacher", "config"} <= file.keys():
-        return file
-    names = file.get("model", file)
-    if isinstance(names, dict) and "patch_embed.proj.weight" in names:
-        new = from_released_vision(file, path)
-        index = next((tensor for name, tensor in names.items() if re.fullmatch(VISION_UNUSED, name)), None)
-        return new | {"config": vision_config(rename(names, VISION), index, path)}
-    raise BadInput(f"{path}: neither a checkpoint of ours nor a released vision checkpoint; it holds {', '.join(map(str, list(file)[:6]))}")
+        encoder = encoder_of(config, len(student.get("encoder.embed.tokens.weight", ())))
+    except (ValueError, RuntimeError) as error:  # sizes that do not go together
+        raise BadInput(f"the sizes of the checkpoint do not go together: {' '.join(str(error).split())[:200]}") from None
+    if "classes" in state:
+        n = len(state["classes"])
+        return Classifier(encoder, n, config.get("pool_cls", False)) if "patch" in config else (Recogniser if "channels" in config else SentenceClassifier)(encoder, n)  # fmt: skip
+    if config.get("objective") == "mlm":
+        return Student(encoder, torch.nn.Linear(config["dim"], len(student["encoder.embed.tokens.weight"])))
+    return Student(encoder, regression_head(config["dim"], config.get("head_layers", 1)))
 
 
 def patch_grid(config: dict) -> tuple[int, int]:
@@ -219,12 +149,21 @@ def patch_grid(config: dict) -> tuple[int, int]:
     return config["image_size"] // config["patch"], (config.get("image_width") or config["image_size"]) // config["patch"]
 
 
+def check_fit(mine: dict[str, Tensor], weights: dict[str, Tensor], path, fresh: list[str] | tuple[str, ...] = ()) -> None:
+    """Raises BadInput that names parameters without weights (unless of a `fresh` part), weights left over, other shapes."""
+    new = {name for name in mine if name not in weights and name.split(".")[0] in fresh}
+    odd = [n for n in (mine.keys() | weights.keys()) - new if n not in mine or n not in weights or mine[n].shape != weights[n].shape]
+    if odd:
+        raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
+
+
 def load_into(
-    module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int] = (), new: tuple[int, int] = ()
-):
+    module: torch.nn.Module, weights: dict[str, Tensor], path: str, old: tuple[int, int] = (), new: tuple[int, int] = (),
+    fresh: list[str] | tuple[str, ...] = (),
+):  # fmt: skip
     """Loads weights, with the positions interpolated (bicubic) from the grid `old` to `new`.
 
-    Raises BadInput that names what does not fit: no parameter stays random, no weight is left over.
+    Raises BadInput that names what does not fit: no parameter stays random (but those of `fresh` parts), no weight is left over.
     """
     mine = module.state_dict()
     fitted = dict(weights)
@@ -232,22 +171,63 @@ def load_into(
         for end, resize in (("embed.table", resize_positions), ("embed.learned", resize_grid)):
             if name.endswith(end):
                 fitted[name] = resize(tensor, old, new)
-    odd = [n for n in mine.keys() | fitted.keys() if n not in mine or n not in fitted or mine[n].shape != fitted[n].shape]
-    if odd:
-        raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
-    module.load_state_dict(fitted)
+    check_fit(mine, fitted, path, fresh)
+    module.load_state_dict({name: fitted.get(name, tensor) for name, tensor in mine.items()})
+
+
+# ---- command line --------------------------------------------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", help="checkpoint to read")
-    parser.add_argument("target", metavar="OUT", help="checkpoint of ours to write")
+    parser.add_argument("source", metavar="IN", help="checkpoint or folder to read")
+    parser.add_argument("target", metavar="OUT", help="checkpoint of ours (.pt or .pth) or folder to write")
+    parser.add_argument("--network", choices=("student", "teacher"), default="student", help="which one goes into a folder")
+    options = parser.add_argument_group("what the file may not say, by default as released; in conflict with the file it is an error")
+    options.add_argument("--heads", type=int, help="attention heads; 64 features each")
+    options.add_argument("--image_size", type=int, help="pixels, of a vision model without positions; 224")
+    options.add_argument("--convs", help="speech: as fairseq writes them, such as '[(512,10,5)] + [(512,3,2)]*4 + [(512,2,2)]*2'")
+    options.add_argument("--letters", type=Path, metavar="FILE", help="speech: dict.ltr.txt of the fine-tuning; the released order of 28")
+    options.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line; numbers")
+    options.add_argument("--vocab", help="text: folder with vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt")
+    options.add_argument("--top_k", type=int, help="layers averaged into the target: 6 (vision), 8 (speech), 10 (text)")
+    options.add_argument("--target", choices=("block", "ffn", "ffn_residual", "attention"), help="block (vision) or ffn")
+    options.add_argument("--norm", choices=("layer", "instance", "none"), help="of each layer: layer, or instance (speech)")
+    options.add_argument("--final_norm", choices=("layer", "instance", "none"), help="of their mean: layer (vision) or none")
+    options.add_argument("--beta", type=float, help="of smooth L1: 2 (vision), 0 (speech), 4 (text)")
     args = parser.parse_args()
-    state = read(args.source)
-    if not Path(args.target).parent.is_dir():
+    target = Path(args.target)
+    if not target.parent.is_dir():
         raise BadInput(f"{args.target}: cannot be written, its folder does not exist")
-    common.save(Path(args.target), state)
-    print(f"{args.source}: {', '.join(k for k in state if state[k])}; {state['config']} -> {args.target}")
+    asked = {name: value for name, value in vars(args).items() if value is not None and name not in ("source", "target", "network", "letters", "classes")}
+    if args.letters or args.classes:
+        asked["classes"] = released.letters_of_file(args.letters) if args.letters else lines_of(args.classes)
+    state = read(args.source, asked)
+    origin = state.get("origin", "a checkpoint of this project" + (", fine-tuned" if "classes" in state else ""))
+    if target.suffix in (".pt", ".pth"):
+        notes = []
+        common.save(target, state)
+    else:
+        notes = hub.write(with_defaults(state), target, args.network)
+    sizes = ("dim", "depth", "heads", "ffn", "patch", "image_size", "max_tokens", "top_k", "target", "norm", "beta")
+    parts = [name for name in ("student", "teacher", "classes", "vocabulary") if state.get(name) is not None]
+    print(f"{args.source}: {origin}; {', '.join(parts)}; " + ", ".join(f"{name} {state['config'][name]}" for name in sizes if name in state["config"]))
+    for note in [*state.get("notes", []), *notes]:
+        print(f"  {note}")
+    print(f"-> {args.target}")
+
+
+def with_defaults(state: dict) -> dict:
+    """A checkpoint whose config says everything, also what our Configs did not have when it was written."""
+    config = state["config"]
+    return state | {"config": {"norm_eps": 1e-6 if "patch" in config else 1e-5} | config}
+
+
+def lines_of(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""Weights from files of any origin; nothing in a file is ever run.
+
+A checkpoint is a pickle, and a pickle may name any function of any library and have it called. Here a name is only looked up in
+a short list (what makes tensors and plain containers). A name of Python's own library that is not in it is refused, since no
+checkpoint needs to call one. All others become Records, which hold what the file says of them and can do nothing: released files
+keep their options in objects of argparse, omegaconf and fairseq, which can so be read without these libraries.
+"""
+
+import _compat_pickle
+import collections
+import functools
+import json
+import pickle
+import re
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import BadInput
+
+# ---- pickles -----------------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """An object or the result of a call that was not made: the name of what would have made it, arguments, state, items."""
+
+    name = ""
+
+    def __new__(cls, *args, **options):
+        self = super().__new__(cls)
+        self.args, self.state, self.items = args, None, []
+        return self
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __setitem__(self, key, value):  # of a kind of dict
+        self.items.append((key, value))
+
+    def append(self, value):  # of a kind of list
+        self.items.append(value)
+
+    def __call__(self, *args, **options):
+        return Record(self, *args)
+
+
+def bytes_of(text: str, encoding: str) -> bytes:
+    """How protocol 2 writes bytes."""
+    return text.encode("latin1")
+
+
+def number(dtype: Record, value: bytes):
+    """A NumPy number, such as a learning rate: dtype is the Record of numpy.dtype("f8", ...), its state says the byte order."""
+    order = dtype.state[1] if isinstance(dtype.state, tuple) and dtype.state[1] in ("<", ">") else "="
+    if not re.fullmatch("[fiub][0-9]+", kind := str(dtype.args[0])):
+        raise pickle.UnpicklingError(f"a NumPy number of kind {kind}")
+    return np.frombuffer(value, order + kind)[0]
+
+
+MADE = {  # all that is ever called
+    "collections.OrderedDict": collections.OrderedDict, "collections.Counter": collections.Counter,
+    "builtins.set": set, "builtins.frozenset": frozenset, "_codecs.encode": bytes_of, "torch.Size": torch.Size,
+    "torch.device": torch.device, "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+} | {
+    f"numpy.{core}.multiarray.scalar": number for core in ("core", "_core")
+} | {
+    f"torch._utils.{name}": getattr(torch._utils, name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+} | {
+    str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}  # fmt: skip
+KEPT = re.compile(  # names of Python's own library that options are made of, as Records like all that is foreign
+    r"argparse\.Namespace|collections\.(defaultdict|deque)|copyreg\._reconstructor|pathlib\.\w+|_?operator\.getitem|typing\.\w+"
+    r"|enum\.\w+|datetime\.\w+|functools\.partial|uuid\.UUID|decimal\.Decimal"
+    r"|builtins\.(bool|bytearray|bytes|complex|dict|float|int|list|object|range|slice|str|tuple|type)"
+)
+
+
+@functools.cache
+def record_of(name: str) -> type:
+    return type(name, (Record,), {"name": name})
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Makes tensors, plain containers and Records; torch adds what reads a tensor's numbers."""
+
+    def find_class(self, module, name):
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
+        if (full := f"{module}.{name}") in MADE:
+            return MADE[full]
+        if module.partition(".")[0] in sys.stdlib_module_names and not KEPT.fullmatch(full):
+            raise pickle.UnpicklingError(f"it asks to call {full}, which no checkpoint needs; it was not called")
+        return record_of(full)
+
+
+def load(path: str | Path) -> dict:
+    """Reads a checkpoint of torch.save, in its zip format or the one before, onto the CPU. Raises BadInput: one line."""
+    reader = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler, load=lambda file, **how: InertUnpickler(file, **how).load())
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                    raise pickle.UnpicklingError("it is a TorchScript program")
+        elif tarfile.is_tarfile(path):
+            raise pickle.UnpicklingError("it is a tar archive")
+        return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)  # safe by what the reader makes
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely: {reason(error)}") from None
+    except Exception as error:  # readers raise nearly anything on bytes that are no checkpoint
+        raise BadInput(f"{path}: damaged, or not a checkpoint ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def plain(x, depth: int = 0):
+    """Options as nested dicts, lists and values: what argparse, omegaconf, enums and dataclasses keep, without their classes."""
+    if depth > 50:
+        return None
+    if isinstance(x, dict):
+        return {key: plain(value, depth + 1) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value, depth + 1) for value in x]
+    if not isinstance(x, Record):
+        return x
+    if isinstance(x.state, dict):  # omegaconf: containers and leaves; what else they keep leads back to where one is
+        inner = next((x.state[name] for name in ("_content", "_val") if name in x.state), x.state)
+        return plain(inner, depth + 1)
+    if x.items:
+        return plain(dict(x.items) if isinstance(x.items[0], tuple) else x.items, depth + 1)
+    return plain(x.args[0], depth + 1) if len(x.args) == 1 else None  # an enum is made of its value
+
+
+def tensors(weights, path: str | Path, what: str = "weights") -> dict[str, Tensor]:
+    """{name: tensor} in float32 where floating point. Raises BadInput if anything in it is no tensor, or if it is no dict."""
+    if not isinstance(weights, dict) or not weights:
+        raise BadInput(f"{path}: its {what} are not a table of names and tensors")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            kind = f"what {tensor.name or 'a call'} would make, which was not run" if isinstance(tensor, Record) else type(tensor).__name__
+            raise BadInput(f"{path}: its {what} hold no tensor but {kind} as {name}; not a file to trust")
+    return {str(name): tensor.detach().float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+# ---- folders of the transformers library ---------------------------------------------------------------------------------
+
+
+def load_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder: model.safetensors or pytorch_model.bin, or the parts that their index lists. Raises BadInput."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return load_part(folder / name)
+        if (index := folder / f"{name}.index.json").is_file():
+            parts = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if wrong := [part for part in parts if Path(part).name != part]:
+                raise BadInput(f"{index}: {wrong[0]} is no file of its folder")
+            return {key: tensor for part in parts for key, tensor in load_part(folder / part).items()}
+    raise BadInput(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; give the folder that save_pretrained wrote")
+
+
+def load_part(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return tensors(load(path), path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise BadInput(f"{path}: reading it takes the safetensors library; pip install safetensors") from None
+    try:
+        return tensors(load_file(path), path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except BadInput:
+        raise
+    except Exception as error:  # of the library's own
+        raise BadInput(f"{path}: damaged, or no safetensors file ({reason(error)})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A .json that holds a table. Raises BadInput."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({reason(error)})") from None
+    if not isinstance(table, dict):
+        raise BadInput(f"{path}: holds no table of options")
+    return table
