@@ -23,7 +23,7 @@ from data import audio, images, letters, text  # noqa: E402
 from model import resize_grid, resize_positions  # noqa: E402
 from tools import convert, hub  # noqa: E402
 
-EACH = 8  # configurations of each kind, in each direction
+EACH = 6  # configurations of each kind, in each direction
 LIMIT = 1e-5
 deviations = []
 

@@ -79,9 +79,9 @@ def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]
     return new
 
 
-def account(state: dict[str, Tensor], known, path, what: str) -> None:
-    """Raises BadInput that lists the names which no pattern of `known` matches."""
-    if strange := [name for name in state if not any(re.fullmatch(pattern, name) for pattern in known)]:
+def account(state: dict[str, Tensor], known, path, what: str, inside: str = "") -> None:
+    """Raises BadInput that lists the names which, without `inside`, no pattern of `known` matches."""
+    if strange := [name for name in state if not any(re.fullmatch(pattern, name.replace(inside, "")) for pattern in known)]:
         raise BadInput(f"{path}: {what} with unknown weights: {', '.join(strange[:5])}{' and more' * (len(strange) > 5)}")
 
 
@@ -163,8 +163,8 @@ def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None
 
 def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None, path: str = "released checkpoint") -> dict:
     """Released names (encoder.sentence_encoder.*, encoder.regression_head.*; the teacher's without prefix) -> as for speech."""
-    inner = {name.replace("encoder.sentence_encoder.", "encoder."): tensor for name, tensor in model.items()}
-    account(inner, [*TEXT, *POST_NORM, *TEXT_HEAD, TEXT_UNUSED], path, "released text checkpoint")
+    inner = {name.replace("sentence_encoder.", ""): tensor for name, tensor in model.items()}
+    account(model, [*TEXT, *POST_NORM, *TEXT_HEAD, TEXT_UNUSED], path, "released text checkpoint", inside="sentence_encoder.")
     encoder = fuse(rename(inner, TEXT | POST_NORM))
     student = under_encoder(encoder) | rename(inner, TEXT_HEAD)
     if "head.2.weight" not in student:  # one layer alone is no Sequential here
@@ -175,7 +175,7 @@ def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None =
         return {"student": student, "teacher": None}
     if not any(name.startswith("encoder.") for name in ema):
         ema = {f"encoder.{name}": tensor for name, tensor in ema.items()}
-    ema = {name.replace("encoder.sentence_encoder.", "encoder."): tensor for name, tensor in ema.items()}
+    ema = {name.replace("sentence_encoder.", ""): tensor for name, tensor in ema.items()}
     account(ema, [*TEXT, *POST_NORM, TEXT_UNUSED], path, "teacher of a released text checkpoint")
     return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, TEXT | POST_NORM)))}
 
@@ -377,10 +377,13 @@ def split(file: dict, path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None
     nested = {str(name).split("_ema.", 1)[1]: name for name in weights if re.match(r"(.*\.)?_ema\.", str(name))}
     if nested:
         ema = {inner: weights.pop(name) for inner, name in nested.items()}
-    weights = tensors(weights, path)
-    if all(name.startswith("module.") for name in weights):  # of a distributed wrapper
-        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return weights, tensors(ema, path, "teacher") if ema else None, where
+    return unwrap(tensors(weights, path)), unwrap(tensors(ema, path, "teacher")) if ema else None, where
+
+
+def unwrap(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix of a distributed wrapper."""
+    wrapped = all(name.startswith("module.") for name in weights)
+    return {name.removeprefix("module."): tensor for name, tensor in weights.items()} if wrapped else weights
 
 
 def from_released(file: dict, path: str, asked: dict) -> dict | None:

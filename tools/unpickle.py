@@ -106,12 +106,10 @@ def load(path: str | Path) -> dict:
     """Reads a checkpoint of torch.save, in its zip format or the one before, onto the CPU. Raises BadInput: one line."""
     reader = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler, load=lambda file, **how: InertUnpickler(file, **how).load())
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                    raise pickle.UnpicklingError("it is a TorchScript program")
-        elif tarfile.is_tarfile(path):
+        if tarfile.is_tarfile(path):  # these two torch.load would read in ways of their own
             raise pickle.UnpicklingError("it is a tar archive")
+        if zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise pickle.UnpicklingError("it is a TorchScript program")
         return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)  # safe by what the reader makes
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
