@@ -116,16 +116,17 @@ def check_speech(path, file, atol=1e-5):
 @pytest.mark.parametrize("name", ["audio_tied", "audio_averaged_positions"])
 def test_speech_pretrained(save, foreign, name, form, legacy):
     file = golden(name)
-    model = {"_name": "data2vec_audio"} | options(file["config"])
+    model = {"_name": "data2vec_audio", "ema_anneal_end_step": 30_000 if form == "args" else "${optimization.max_update}"} | options(file["config"])
     how = {
-        "cfg": lambda: {"cfg": {"model": model, "task": {"_name": "audio_pretraining"}}, "args": None},
-        "cfg of objects": lambda: {"cfg": foreign({"model": model, "task": {"_name": "audio_pretraining"}, "list": [1, [2]]}), "args": None},
+        "cfg": lambda: {"cfg": {"model": model, "optimization": {"max_update": 30_000}}, "args": None},
+        "cfg of objects": lambda: {"cfg": foreign({"model": model, "optimization": {"max_update": 30_000}, "list": [1, [2]]}), "args": None},
         "args": lambda: {"args": argparse.Namespace(arch="data2vec_audio", **model)},
     }[form]()
     rest = {"optimizer_history": [{"num_updates": 1}], "task_state": {}, "extra_state": {"epoch": 1}, "last_optimizer_state": None}
     path = save({"model": file["model"] | {"_ema": file["ema"]}} | how | rest, _use_new_zipfile_serialization=not legacy)
     foreign.forget()
     state = check_speech(path, file)
+    assert state["config"]["tau_n"] == 30_000
     assert state["config"]["share_positions"] == (not any("pos_conv" in key for key in file["ema"]))
     assert form.split()[0] in state["origin"] and "pre-trained" in state["origin"]
 
@@ -134,6 +135,13 @@ def test_speech_teacher_entries_in_the_weights_table_itself(save):
     file = golden("audio_tied")
     model = {f"_ema.{key}": value for key, value in file["ema"].items()} | file["model"]
     check_speech(save({"model": model, "cfg": {"model": options(file["config"])}}), file)
+
+
+def test_speech_head_in_a_sequence_of_one(save):
+    """As the released Base model has it."""
+    file = golden("audio_tied")
+    model = {re.sub("^final_proj", "final_proj.0", key): value for key, value in file["model"].items()}
+    check_speech(save({"model": model | {"_ema": file["ema"]}, "cfg": {"model": options(file["config"])}}), file)
 
 
 def test_half_precision_is_widened(save):
@@ -245,6 +253,24 @@ def test_text_pretrained(save, tmp_path, form):
     convert.load_into(teacher, state["teacher"], "state")
     for ours, theirs in zip(teacher(file["input"]["unmasked_tokens"])[-config["average_top_k_layers"] :], file["teacher_layers"], strict=True):
         close(ours, theirs, 1e-5)
+
+
+def test_text_names_of_the_first_versions(save):
+    """decoder for encoder, lm_head for the regression head, emb_layer_norm, one matrix for query, key and value, target_model."""
+    file, old = golden("text_tied"), {}
+    ema = {f"encoder.target_model.{key}": value for key, value in file["ema"].items()}
+    for name, tensor in (file["model"] | ema).items():
+        if match := re.fullmatch(r"(.*self_attn\.)([qkv])_proj\.(weight|bias)", name):
+            if match[2] == "q":
+                old[f"{match[1]}in_proj_{match[3]}"] = torch.cat([(file["model"] | ema)[f"{match[1]}{part}_proj.{match[3]}"] for part in "qkv"])
+            continue
+        old[name.replace("layernorm_embedding", "emb_layer_norm").replace("regression_head", "lm_head")] = tensor
+    old = {re.sub("^encoder", "decoder", name): tensor for name, tensor in old.items()}
+    heads = argparse.Namespace(encoder_attention_heads=file["config"]["encoder_attention_heads"])
+    state, now = convert.read(save({"model": old, "args": heads})), convert.read(save({"model": file["model"] | {"encoder._ema": file["ema"]}, "args": heads}))
+    for part in ("student", "teacher"):
+        assert state[part].keys() == now[part].keys()
+        assert all(torch.equal(tensor, now[part][name]) for name, tensor in state[part].items())
 
 
 def test_text_finetuned_for_sentences(save):

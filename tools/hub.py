@@ -73,7 +73,6 @@ KINDS = {  # model_type: names of the weights, prefix under a head, recipe of pr
 }
 LEFT_OUT = r"pooler\..*|lm_head\..*|.*relative_position_index|.*position_ids"  # parts that a model of ours has no use for
 OURS = "data2vec"  # entry of config.json for what only we ask: K, targets, loss
-NOT_TOLD = ("layer_scale", "image_size", "image_width")  # but by theirs
 
 
 def translate(name: str, table: dict[str, str]) -> str | None:
@@ -120,7 +119,7 @@ def read(folder: Path, asked: dict) -> dict:
 def extras(recipe: dict) -> tuple[str, ...]:
     """What else of our Config a folder that we wrote keeps."""
     return {id(SPEECH_RECIPE): ("share_positions", "window"), id(TEXT_RECIPE): ("share_embedding", "window", "objective", "head_layers")}.get(
-        id(recipe), ("window", "mask_ratio", "mask_block", "layer_scale")
+        id(recipe), ("window", "layer_scale")
     )
 
 

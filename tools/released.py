@@ -53,7 +53,7 @@ POST_NORM = {  # the layers of speech and text alike
     r"encoder\.layers\.(\d+)\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
     r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"blocks.\1.norm2.\2",
 }
-SPEECH_HEAD = {r"final_proj\.(weight|bias)": r"head.\1", r"proj\.(weight|bias)": r"out.\1"}  # of pre-training; of fine-tuning
+SPEECH_HEAD = {r"final_proj\.(?:0\.)?(weight|bias)": r"head.\1", r"proj\.(weight|bias)": r"out.\1"}  # of pre-training; of fine-tuning
 
 TEXT = {
     r"encoder\.embed_(tokens|positions)\.weight": r"embed.\1.weight",
@@ -157,7 +157,7 @@ def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None
         return {"student": student, "teacher": None}
     if not any(name.startswith("encoder.") for name in ema):  # the Transformer alone was averaged
         ema = {f"encoder.{name}": tensor for name, tensor in ema.items()}
-    account(ema, [*SPEECH, *POST_NORM], path, "teacher of a released speech checkpoint")
+    account(ema, [*SPEECH, *POST_NORM, *SPEECH_HEAD], path, "teacher of a released speech checkpoint")  # a head is not averaged by us
     return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, SPEECH | POST_NORM)))}
 
 
@@ -219,6 +219,7 @@ TEXT_RECIPE = {
 }  # fmt: skip
 VISION_RECIPE = {
     "target": "block", "top_k": 6, "norm": "layer", "final_norm": "layer", "beta": 2.0, "tau_0": 0.9998, "tau_e": 0.9998, "tau_n": 0,
+    "mask_ratio": 0.6, "mask_block": 16,
 }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def fairseq_options(file: dict) -> tuple[dict, dict]:
     A fine-tuned model keeps those of the pre-trained one inside (w2v_args); they say how the encoder is built.
     """
     if file.get("cfg") is not None:
-        cfg = plain(file["cfg"])
+        cfg = resolve(plain(file["cfg"]))
         model, task = (cfg.get(part) if isinstance(cfg, dict) else None for part in ("model", "task"))
         model, task = (x if isinstance(x, dict) else {} for x in (model, task))
     else:
@@ -242,6 +243,23 @@ def fairseq_options(file: dict) -> tuple[dict, dict]:
     if isinstance(transformer, dict) and isinstance(transformer.get("encoder"), dict):  # text, cfg form
         model = model | {f"encoder_{name}": value for name, value in transformer["encoder"].items()}
     return model, task
+
+
+def resolve(cfg):
+    """omegaconf's references, such as "${optimization.max_update}" for a model's option, become what they refer to."""
+
+    def at(name):
+        value = cfg
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def walk(value):
+        if isinstance(value, dict):
+            return {key: walk(inner) for key, inner in value.items()}
+        return at(value[2:-1]) if isinstance(value, str) and re.fullmatch(r"\$\{[\w.]+\}", value) else value
+
+    return walk(cfg)
 
 
 def under_our_names(options: dict) -> dict:
@@ -356,10 +374,12 @@ def vision_targets(options: dict) -> dict:
     said["tau_0"], said["target"] = said["tau_e"], {"end": "block", "fc": "ffn"}.get(options.get("layer_results"))
     if layers := re.findall(r"\d+", str(options.get("target_layers") or "")):
         said["top_k"] = len(layers)
+    if "no_target_layer_norm_last" in options:
+        options = options | {"target_layer_norm_last": not options["no_target_layer_norm_last"]}
     said["norm"], said["final_norm"] = norms_said(
         options, ("target_instance_norm", "target_layer_norm_last"), ("post_target_instance_norm", "post_target_layer_norm")
     )
-    return said
+    return said | {"mask_block": options.get("min_mask_patches_per_block")}
 
 
 # ---- a whole file ------------------------------------------------------------------------------------------------------------
@@ -394,7 +414,7 @@ def from_released(file: dict, path: str, asked: dict) -> dict | None:
         return vision_file(file, path, asked)
     if any(name.endswith("feature_extractor.conv_layers.0.0.weight") for name in names):
         return speech_file(file, path, asked)
-    if any(name.endswith("sentence_encoder.embed_tokens.weight") for name in names):
+    if any(name.endswith("coder.sentence_encoder.embed_tokens.weight") for name in names):
         return text_file(file, path, asked)
     return None
 
@@ -445,10 +465,14 @@ def speech_file(file: dict, path: str, asked: dict) -> dict:
 
 def text_file(file: dict, path: str, asked: dict) -> dict:
     weights, ema, _ = split(file, path)
-    marker = next(name for name in weights if name.endswith("encoder.sentence_encoder.embed_tokens.weight"))
-    prefix = marker.removesuffix("encoder.sentence_encoder.embed_tokens.weight")
-    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    new, (options, _) = from_released_text(weights, ema, path), fairseq_options(file)
+    marker = next(name for name in weights if name.endswith("coder.sentence_encoder.embed_tokens.weight"))
+    prefix = marker[: -len("encoder.sentence_encoder.embed_tokens.weight")]
+    weights = newer_names({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    if inside := {name.split("target_model.", 1)[1]: name for name in weights if name.startswith("encoder.target_model.")}:
+        ema = {name: weights.pop(whole) for name, whole in inside.items()}  # the teacher, in files older than `_ema`
+    new, (options, _) = from_released_text(weights, ema and newer_names(ema), path), fairseq_options(file)
+    if any(name.startswith("encoder.lm_head.") for name in weights):
+        new["notes"] = ["left out: lm_head, which predicts words"]
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in new["student"].items()}
     new["config"] = text_config(encoder, options, asked, path)
     if tuned := "out.weight" in new["student"]:
@@ -460,6 +484,19 @@ def text_file(file: dict, path: str, asked: dict) -> dict:
         new["config"] |= targets(under_our_names(options), asked, TEXT_RECIPE, new["config"]["depth"], path)
         new["config"] |= {"objective": "data2vec", "head_layers": head_layers(new["student"])}
     return new | {"origin": f"released text checkpoint (fairseq, {form(file)}), {'fine-tuned for sentences' if tuned else 'pre-trained'}"}
+
+
+def newer_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the first versions of fairseq's text models, and its one matrix for query, key and value, as they are now."""
+    new = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^decoder\.", "encoder.", name).replace(".emb_layer_norm.", ".layernorm_embedding.")
+        name = re.sub(r"^encoder\.lm_head\.(\d+)\.", r"encoder.regression_head.\1.", name)
+        if match := re.fullmatch(r"(.*self_attn\.)in_proj_(weight|bias)", name):
+            new |= {f"{match[1]}{part}_proj.{match[2]}": third for part, third in zip("qkv", tensor.chunk(3))}
+        else:
+            new[name] = tensor
+    return new
 
 
 def head_layers(student: dict[str, Tensor]) -> int:
