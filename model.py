@@ -282,7 +282,7 @@ CONVS = ((512, 10, 5),) + 4 * ((512, 3, 2),) + 2 * ((512, 2, 2),)  # channels, k
 
 
 def convolutions(channels: int, convs: list[str]) -> tuple[tuple[int, int, int], ...]:
-    """(channels, kernel, stride) of each layer from the options: `convs` spells them out, such as "512,10,5"; [] is CONVS' form."""
+    """(channels, kernel, stride) of each layer from the options: `convs` spells them out, as "512,10,5"; [] is CONVS' form."""
     return tuple(tuple(int(n) for n in conv.split(",")) for conv in convs) or tuple((channels, k, s) for _, k, s in CONVS)
 
 

@@ -6,6 +6,10 @@ The models are drawn from PARITY_SEED (default 0); any seed must pass. Largest d
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +18,19 @@ import torch.nn.functional as F
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SEED = int(os.environ.get("PARITY_SEED", 0))
-transformers = pytest.importorskip("transformers", reason="compares with the transformers library: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="compares with the transformers library: pip install -r requirements-dev.txt"
+)
 safetensors = pytest.importorskip("safetensors.torch", reason="reads its folders: pip install -r requirements-dev.txt")
 transformers.utils.logging.disable_progress_bar()
 
+import common  # noqa: E402
 from common import BadInput  # noqa: E402
 from data import audio, images, letters, text  # noqa: E402
 from model import resize_grid, resize_positions  # noqa: E402
 from tools import convert, hub  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 EACH = 6  # configurations of each kind, in each direction
 LIMIT = 1e-5
 deviations = []
@@ -49,7 +57,9 @@ def randomise(module, rng):
 def outputs_of(layers, call):
     """What each of the layers returns during call(), and what the call returns."""
     seen = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)) for layer in layers
+    ]
     try:
         with torch.no_grad():
             return seen, call()
@@ -149,7 +159,8 @@ def vision_theirs(rng):
         hidden_size=8 * heads * int(rng.integers(1, 4)), num_attention_heads=heads, num_hidden_layers=int(rng.integers(1, 5)),
         intermediate_size=int(rng.integers(8, 80)), image_size=side * patch if width == side else [side * patch, width * patch],
         patch_size=patch, use_absolute_position_embeddings=absolute, use_mask_token=bool(rng.random() < 0.5),
-        use_mean_pooling=bool(rng.random() < 0.5), layer_scale_init_value=pick(rng, 0.0, 0.1), layer_norm_eps=pick(rng, 1e-12, 1e-6, 1e-5),
+        use_mean_pooling=bool(rng.random() < 0.5), layer_scale_init_value=pick(rng, 0.0, 0.1),
+        layer_norm_eps=pick(rng, 1e-12, 1e-6, 1e-5),
         num_labels=int(rng.integers(2, 7)), out_indices=[1], **positions,
     )  # fmt: skip
     model = getattr(transformers, name + ("ForImageClassification" if head else "Model"))(config)
@@ -183,9 +194,12 @@ def test_vision_to_theirs(number, tmp_path, caplog):
     relative, learned = bool(rng.random() < 0.7), bool(rng.random() < 0.5)
     width = int(rng.integers(2, 6)) if not relative and not learned else side
     config = {
-        "image_size": side * patch, "image_width": width * patch * (width != side), "patch": patch, "dim": 8 * heads * int(rng.integers(1, 4)),
-        "depth": int(rng.integers(1, 5)), "heads": heads, "ffn": int(rng.integers(8, 80)), "layer_scale": pick(rng, 0.0, 1e-4, 0.1),
-        "relative": relative, "per_block": relative and bool(rng.random() < 0.5), "learned_std": 0.02 * learned, "norm_eps": pick(rng, 1e-6, 1e-5),
+        "image_size": side * patch, "image_width": width * patch * (width != side), "patch": patch,
+        "dim": 8 * heads * int(rng.integers(1, 4)),
+        "depth": int(rng.integers(1, 5)), "heads": heads, "ffn": int(rng.integers(8, 80)),
+        "layer_scale": pick(rng, 0.0, 1e-4, 0.1),
+        "relative": relative, "per_block": relative and bool(rng.random() < 0.5), "learned_std": 0.02 * learned,
+        "norm_eps": pick(rng, 1e-6, 1e-5),
     }  # fmt: skip
     config |= {"pool_cls": bool(rng.random() < 0.3)} if head else {"top_k": 1, "beta": 0.5, "norm": "instance"}
     state = our_state(config, rng, [f"class {i}" for i in range(int(rng.integers(2, 7)))] if head else (), "images")
@@ -205,15 +219,16 @@ def test_vision_to_theirs(number, tmp_path, caplog):
 
 
 def vision_state(side, patch=16, rng=None, **more):
-    config = {"image_size": side, "patch": patch, "dim": 16, "depth": 2, "heads": 2, "ffn": 32, "layer_scale": 0.1, "relative": True,
+    config = {"image_size": side, "patch": patch, "dim": 16, "depth": 2, "heads": 2, "ffn": 32, "layer_scale": 0.1,
+              "relative": True,
               "per_block": False, "learned_std": 0.0, "norm_eps": 1e-6} | more  # fmt: skip
     return our_state(config, rng or drawn("vision", 200))
 
 
 @pytest.mark.parametrize("per_block", [False, True])
 def test_another_image_size_interpolates_like_theirs_where_theirs_is_bicubic(per_block, tmp_path, caplog, monkeypatch):
-    """224 -> 384. The library stretches relative positions bilinearly, we bicubically, as data2vec's and BEiT's scripts do: with its
-    interpolation made bicubic all features agree, and as it is they do not. Learned positions are bicubic in both."""
+    """224 -> 384. The library stretches relative positions bilinearly, we bicubically: with its interpolation made bicubic
+    all features agree, and as it is they do not. Learned positions are bicubic in both."""
     state = vision_state(224, per_block=per_block, learned_std=0.02)
     hub.write(state, tmp_path / "hub")
     model = load_theirs(transformers.AutoModel, tmp_path / "hub", caplog)
@@ -236,7 +251,9 @@ def test_positions_are_stretched_as_an_independent_bicubic_does():
     expected = F.interpolate(grid, size=(47, 47), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).reshape(-1, 3)
     ours = resize_positions(table, (14, 14), (24, 24))
     assert torch.equal(ours[:-3], expected) and torch.equal(ours[-3:], table[-3:])
-    assert torch.equal(resize_positions(torch.stack([table, 2 * table]), (14, 14), (24, 24))[1], resize_positions(2 * table, (14, 14), (24, 24)))
+    assert torch.equal(
+        resize_positions(torch.stack([table, 2 * table]), (14, 14), (24, 24))[1], resize_positions(2 * table, (14, 14), (24, 24))
+    )
     assert resize_grid(torch.randn(196, 5), (14, 14), (24, 24)).shape == (576, 5)
 
 
@@ -303,7 +320,9 @@ def compare_speech(model, ours, state, rng, convs):
 
 def speech_sizes(rng):
     heads, groups = int(rng.integers(1, 5)), pick(rng, 1, 2, 4)
-    convs = [(8 * int(rng.integers(1, 6)), int(rng.integers(2, 11)), int(rng.integers(1, 6))) for _ in range(int(rng.integers(1, 5)))]
+    convs = [
+        (8 * int(rng.integers(1, 6)), int(rng.integers(2, 11)), int(rng.integers(1, 6))) for _ in range(int(rng.integers(1, 5)))
+    ]
     return heads, groups, convs
 
 
@@ -315,7 +334,8 @@ def test_speech_from_theirs(number, tmp_path):
     config = transformers.Data2VecAudioConfig(
         hidden_size=8 * heads * int(rng.integers(1, 4)), num_attention_heads=heads, num_hidden_layers=int(rng.integers(1, 5)),
         intermediate_size=int(rng.integers(8, 80)), conv_dim=[c for c, _, _ in convs], conv_kernel=[k for _, k, _ in convs],
-        conv_stride=[s for _, _, s in convs], conv_pos_kernel_size=int(rng.integers(3, 20)), num_conv_pos_embeddings=int(rng.integers(1, 6)),
+        conv_stride=[s for _, _, s in convs], conv_pos_kernel_size=int(rng.integers(3, 20)),
+        num_conv_pos_embeddings=int(rng.integers(1, 6)),
         num_conv_pos_embedding_groups=groups, vocab_size=int(rng.integers(3, 40)), num_labels=int(rng.integers(2, 9)),
         mask_time_prob=pick(rng, 0.0, 0.05), layer_norm_eps=pick(rng, 1e-5, 1e-12), classifier_proj_size=int(rng.integers(4, 40)),
     )  # fmt: skip
@@ -333,9 +353,11 @@ def test_speech_to_theirs(number, tmp_path, caplog):
     goal = (None, "letters", "clips", "sounds")[number % 4]
     depth = int(rng.integers(1, 6))
     config = {
-        "channels": convs[0][0], "convs": [",".join(map(str, conv)) for conv in convs], "dim": 8 * heads * int(rng.integers(1, 4)),
+        "channels": convs[0][0], "convs": [",".join(map(str, conv)) for conv in convs],
+        "dim": 8 * heads * int(rng.integers(1, 4)),
         "depth": int(rng.integers(1, 5)), "heads": heads, "ffn": int(rng.integers(8, 80)), "pos_depth": depth,
-        "pos_width": depth * int(rng.integers(3, 20)), "pos_groups": groups, "norm_eps": pick(rng, 1e-5, 1e-6), "deep_norm": False,
+        "pos_width": depth * int(rng.integers(3, 20)), "pos_groups": groups, "norm_eps": pick(rng, 1e-5, 1e-6),
+        "deep_norm": False,
     }  # fmt: skip
     if number == 5:  # the paper's seven convolutions
         config |= {"channels": 16, "convs": []}
@@ -353,7 +375,8 @@ def test_speech_to_theirs(number, tmp_path, caplog):
 
 def test_their_processor_prepares_waves_and_spells_letters_as_ours(tmp_path):
     rng = drawn("speech", 200)
-    config = {"channels": 8, "convs": [], "dim": 16, "depth": 1, "heads": 2, "ffn": 16, "pos_depth": 1, "pos_width": 3, "pos_groups": 1,
+    config = {"channels": 8, "convs": [], "dim": 16, "depth": 1, "heads": 2, "ffn": 16, "pos_depth": 1, "pos_width": 3,
+              "pos_groups": 1,
               "norm_eps": 1e-5, "deep_norm": False}  # fmt: skip
     hub.write(our_state(config, rng, letters.LETTERS, "letters"), tmp_path / "hub")
     extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hub", local_files_only=True)
@@ -371,7 +394,8 @@ def test_a_blank_that_is_not_the_first_output_becomes_it(tmp_path):
     """As in many fine-tuned models: the padding token comes last, the words are parted by another sign, letters are small."""
     rng = drawn("speech", 201)
     config = transformers.Data2VecAudioConfig(
-        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, conv_dim=[8], conv_kernel=[10], conv_stride=[5],
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16, conv_dim=[8], conv_kernel=[10],
+        conv_stride=[5],
         conv_pos_kernel_size=3, num_conv_pos_embeddings=1, num_conv_pos_embedding_groups=1, vocab_size=4, pad_token_id=3,
     )  # fmt: skip
     model = randomise(transformers.Data2VecAudioForCTC(config), rng)
@@ -417,10 +441,17 @@ def compare_text(model, ours, state, rng, vocab):
 @pytest.mark.parametrize("number", range(EACH))
 def test_text_from_theirs(number, tmp_path):
     rng = drawn("text", number)
-    name, head, heads, vocab = pick(rng, "Data2VecText", "Data2VecText", "Roberta"), number % 2, int(rng.integers(1, 5)), int(rng.integers(8, 90))
+    name, head, heads, vocab = (
+        pick(rng, "Data2VecText", "Data2VecText", "Roberta"),
+        number % 2,
+        int(rng.integers(1, 5)),
+        int(rng.integers(8, 90)),
+    )
     config = getattr(transformers, name + "Config")(
-        vocab_size=vocab, hidden_size=8 * heads * int(rng.integers(1, 4)), num_attention_heads=heads, num_hidden_layers=int(rng.integers(1, 5)),
-        intermediate_size=int(rng.integers(8, 80)), max_position_embeddings=int(rng.integers(6, 50)), type_vocab_size=pick(rng, 1, 2),
+        vocab_size=vocab, hidden_size=8 * heads * int(rng.integers(1, 4)), num_attention_heads=heads,
+        num_hidden_layers=int(rng.integers(1, 5)),
+        intermediate_size=int(rng.integers(8, 80)), max_position_embeddings=int(rng.integers(6, 50)),
+        type_vocab_size=pick(rng, 1, 2),
         layer_norm_eps=pick(rng, 1e-12, 1e-5), num_labels=int(rng.integers(1, 6)), pad_token_id=1, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     model = randomise(getattr(transformers, name + ("ForSequenceClassification" if head else "Model"))(config), rng)
@@ -452,14 +483,29 @@ def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     rng = drawn("text", 200)
     sentences = ["the cat sat on the mat", "Then  it's 42 rats, and\na naïve hat ☃!", "that fat rat", "<mask> is text here"]
     vocabulary = text.train_vocabulary(sentences * 3, 290)
-    config = {"max_tokens": 40, "dim": 16, "depth": 1, "heads": 2, "ffn": 16, "norm_eps": 1e-5, "head_layers": 2, "objective": "data2vec"}
-    state = our_state(config, rng, vocabulary=vocabulary.spell(), student={"encoder.embed.tokens.weight": torch.zeros(vocabulary.size, 1)})
+    config = {
+        "max_tokens": 40,
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "ffn": 16,
+        "norm_eps": 1e-5,
+        "head_layers": 2,
+        "objective": "data2vec",
+    }
+    state = our_state(
+        config, rng, vocabulary=vocabulary.spell(), student={"encoder.embed.tokens.weight": torch.zeros(vocabulary.size, 1)}
+    )
     hub.write(state, tmp_path / "hub")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub", local_files_only=True)
     for sentence in sentences[:3]:
         assert tokenizer(sentence)["input_ids"] == text.sentence_ids(vocabulary, sentence), sentence
     assert tokenizer(*sentences[:2])["input_ids"] == text.sentence_ids(vocabulary, *sentences[:2])
-    assert tokenizer.mask_token_id == vocabulary.mask and tokenizer.pad_token_id == vocabulary.pad and len(tokenizer) == vocabulary.size
+    assert (
+        tokenizer.mask_token_id == vocabulary.mask
+        and tokenizer.pad_token_id == vocabulary.pad
+        and len(tokenizer) == vocabulary.size
+    )
     assert convert.read(tmp_path / "hub")["vocabulary"] == state["vocabulary"]
     (tmp_path / "hub" / "vocab").unlink()  # as a folder of theirs: vocab.json and merges.txt alone
     back = text.Vocabulary.parse(convert.read(tmp_path / "hub")["vocabulary"])
@@ -472,7 +518,10 @@ def test_their_tokenizer_reads_our_vocabulary(tmp_path):
 
 
 def folder_of(tmp_path, **changes):
-    config = transformers.Data2VecTextConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=16, max_position_embeddings=12)  # fmt: skip
+    config = transformers.Data2VecTextConfig(
+        vocab_size=20, hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=16,
+        max_position_embeddings=12,
+    )  # fmt: skip
     transformers.Data2VecTextModel(config).save_pretrained(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(about | changes))
@@ -482,7 +531,9 @@ def folder_of(tmp_path, **changes):
 def refused(path, *words):
     with pytest.raises(BadInput) as error:
         convert.read(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and all(word in str(error.value) for word in words), (
+        error.value
+    )
 
 
 def test_every_weight_is_accounted_for(tmp_path):
@@ -497,7 +548,8 @@ def test_every_weight_is_accounted_for(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "bert"}, {"model_type": None}, {"hidden_act": "relu"}, {"is_decoder": True}, {"pad_token_id": 0}, {"num_attention_heads": 5},
+    {"model_type": "bert"}, {"model_type": None}, {"hidden_act": "relu"}, {"is_decoder": True}, {"pad_token_id": 0},
+    {"num_attention_heads": 5},
     {"num_attention_heads": None},
 ], ids=str)  # fmt: skip
 def test_other_kinds_of_models_are_one_line(tmp_path, change):
@@ -513,7 +565,9 @@ class Malicious:
         return os.system, (f"echo >{self.path}",)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "malicious", "malicious legacy", "no weights", "no config", "config", "escape"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "text", "malicious", "malicious legacy", "no weights", "no config", "config", "escape"]
+)
 def test_damaged_and_malicious_folders_are_one_line(tmp_path, damage):
     folder, written = tmp_path / "hub", tmp_path / "written"
     folder.mkdir()
@@ -535,6 +589,61 @@ def test_damaged_and_malicious_folders_are_one_line(tmp_path, damage):
     assert not written.exists()
 
 
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    folder_of(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refused(tmp_path, "pip install safetensors")
+    with pytest.raises(BadInput, match="pip install safetensors"):
+        hub.write(vision_state(32), tmp_path / "hub")
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tool(flag, ...) -> exit status, stdout, stderr of `python -m tools.convert flag ...`."""
+
+    def tool(*flags):
+        monkeypatch.setattr(sys, "argv", [convert.__file__, *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            common.run(convert.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return tool
+
+
+def test_the_tool_says_what_it_recognised_and_writes_either_form(tmp_path, tool):
+    state = vision_state(32, top_k=2, beta=0.25)
+    state["teacher"] = {name: 2 * tensor for name, tensor in state["student"].items() if name.startswith("encoder.")}
+    torch.save(state, tmp_path / "ckpt.pt")
+    code, out, err = tool(tmp_path / "ckpt.pt", tmp_path / "hub")
+    assert code == 0 and "checkpoint of this project" in out and "left out: head" in out and "left out: the teacher" in out, err
+    assert transformers.AutoModel.from_pretrained(tmp_path / "hub", local_files_only=True).config.image_size == 32
+    code, out, err = tool(tmp_path / "hub", tmp_path / "back.pt")
+    assert code == 0 and "Data2VecVisionModel" in out and "new by design: head" in out, err
+    back = convert.read(tmp_path / "back.pt")
+    assert back["config"]["top_k"] == 2 and back["config"]["beta"] == 0.25 and back["fresh"] == ["head"]
+    assert_same(back["student"], {name: t for name, t in state["student"].items() if not name.startswith("head.")})
+    code, out, err = tool(tmp_path / "ckpt.pt", tmp_path / "teacher", "--network", "teacher")
+    assert code == 0, err
+    assert_same(convert.read(tmp_path / "teacher")["student"], state["teacher"])
+    code, out, err = tool(tmp_path / "ckpt.pt", tmp_path / "hub")
+    assert code == 2 and err.count("\n") == 1 and "already there" in err
+    shutil.copytree(tmp_path / "hub", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    code, out, err = tool(tmp_path / "run", tmp_path / "again.pt")
+    assert code == 2 and err.count("\n") == 1 and str(tmp_path / "run") in err
+
+
+def test_the_scripts_do_without_these_libraries():
+    names = "train_vision, train_speech, train_text, finetune, tools.convert"
+    script = f"import sys; sys.modules['transformers'] = sys.modules['safetensors'] = None; import {names}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_folder_is_never_overwritten(tmp_path):
     state = vision_state(32)
     hub.write(state, tmp_path / "hub")
@@ -545,4 +654,7 @@ def test_a_folder_is_never_overwritten(tmp_path):
 def test_the_largest_deviation_is_shown(record_property, capsys):
     record_property("largest_deviation", max(deviations, default=0.0))
     with capsys.disabled():
-        print(f" [seed {SEED}: {len(deviations)} comparisons, largest deviation {max(deviations, default=0.0):.1e} of {LIMIT:.0e}]", end="")
+        print(
+            f" [seed {SEED}: {len(deviations)} comparisons, largest deviation {max(deviations, default=0.0):.1e} of {LIMIT:.0e}]",
+            end="",
+        )

@@ -26,7 +26,8 @@ from train_vision import Config as VisionConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 SPEECH_SIZES = {
-    "encoder_layers": "encoder_layers", "encoder_attention_heads": "encoder_attention_heads", "encoder_embed_dim": "encoder_embed_dim",
+    "encoder_layers": "encoder_layers", "encoder_attention_heads": "encoder_attention_heads",
+    "encoder_embed_dim": "encoder_embed_dim",
     "conv_feature_layers": "conv_feature_layers", "average_top_k_layers": "average_top_k_layers", "loss_beta": "loss_beta",
     "instance_norm_target_layer": "instance_norm_target_layer", "layer_norm_target_layer": "layer_norm_target_layer",
     "layer_norm_targets": "layer_norm_targets", "instance_norm_targets": "instance_norm_targets",
@@ -53,7 +54,9 @@ def foreign(monkeypatch):
     kinds = {}
     for name in ("DictConfig", "ListConfig", "AnyNode", "Choice"):
         base = (enum.Enum,) if name == "Choice" else ()
-        kinds[name] = enum.Enum(name, {"A": "fixed"}, module=module.__name__) if base else type(name, (), {"__module__": module.__name__})
+        kinds[name] = (
+            enum.Enum(name, {"A": "fixed"}, module=module.__name__) if base else type(name, (), {"__module__": module.__name__})
+        )
         setattr(module, name, kinds[name])
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", module)
     monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
@@ -66,7 +69,9 @@ def foreign(monkeypatch):
         if kind == "AnyNode":
             node._val = value
         else:
-            node._content = {k: wrap(v, node) for k, v in value.items()} if kind == "DictConfig" else [wrap(v, node) for v in value]
+            node._content = (
+                {k: wrap(v, node) for k, v in value.items()} if kind == "DictConfig" else [wrap(v, node) for v in value]
+            )
         return node
 
     wrap.forget = lambda: [monkeypatch.delitem(sys.modules, name) for name in ("omegaconf.dictconfig", "omegaconf")]
@@ -103,7 +108,9 @@ def check_speech(path, file, atol=1e-5):
     close(f, file["pred"], atol)
     teacher = Teacher(student.encoder)
     convert.load_into(teacher, state["teacher"], path)
-    for ours, theirs in zip(teacher(x, valid, content=True)[-config["average_top_k_layers"] :], file["teacher_layers"], strict=True):
+    for ours, theirs in zip(
+        teacher(x, valid, content=True)[-config["average_top_k_layers"] :], file["teacher_layers"], strict=True
+    ):
         close(ours, theirs, max(atol, 1e-5))
     return state
 
@@ -116,13 +123,24 @@ def check_speech(path, file, atol=1e-5):
 @pytest.mark.parametrize("name", ["audio_tied", "audio_averaged_positions"])
 def test_speech_pretrained(save, foreign, name, form, legacy):
     file = golden(name)
-    model = {"_name": "data2vec_audio", "ema_anneal_end_step": 30_000 if form == "args" else "${optimization.max_update}"} | options(file["config"])
+    model = {
+        "_name": "data2vec_audio",
+        "ema_anneal_end_step": 30_000 if form == "args" else "${optimization.max_update}",
+    } | options(file["config"])
     how = {
         "cfg": lambda: {"cfg": {"model": model, "optimization": {"max_update": 30_000}}, "args": None},
-        "cfg of objects": lambda: {"cfg": foreign({"model": model, "optimization": {"max_update": 30_000}, "list": [1, [2]]}), "args": None},
+        "cfg of objects": lambda: {
+            "cfg": foreign({"model": model, "optimization": {"max_update": 30_000}, "list": [1, [2]]}),
+            "args": None,
+        },
         "args": lambda: {"args": argparse.Namespace(arch="data2vec_audio", **model)},
     }[form]()
-    rest = {"optimizer_history": [{"num_updates": 1}], "task_state": {}, "extra_state": {"epoch": 1}, "last_optimizer_state": None}
+    rest = {
+        "optimizer_history": [{"num_updates": 1}],
+        "task_state": {},
+        "extra_state": {"epoch": 1},
+        "last_optimizer_state": None,
+    }
     path = save({"model": file["model"] | {"_ema": file["ema"]}} | how | rest, _use_new_zipfile_serialization=not legacy)
     foreign.forget()
     state = check_speech(path, file)
@@ -150,7 +168,9 @@ def test_half_precision_is_widened(save):
     ema = {key: value.half() for key, value in file["ema"].items()}
     state = check_speech(save({"model": half | {"_ema": ema}, "cfg": {"model": options(file["config"])}}), file, atol=2e-2)
     assert all(t.dtype == torch.float32 for part in ("student", "teacher") for t in state[part].values())
-    exact = convert.read(save({"model": {k: v.float() for k, v in half.items()}, "cfg": {"model": options(file["config"])}}, "again.pt"))
+    exact = convert.read(
+        save({"model": {k: v.float() for k, v in half.items()}, "cfg": {"model": options(file["config"])}}, "again.pt")
+    )
     for key, tensor in exact["student"].items():
         assert torch.equal(tensor, state["student"][key]), key
 
@@ -169,14 +189,17 @@ def test_speech_finetuned(save, monkeypatch, form):
     inner = {"_name": "data2vec_audio"} | options(file["config"])
     weights = file["model"]
     if not any(name.startswith("w2v_encoder.") for name in weights):
-        weights = {("w2v_encoder." if name.startswith("proj.") else "w2v_encoder.w2v_model.") + name: t for name, t in weights.items()}
+        weights = {
+            ("w2v_encoder." if name.startswith("proj.") else "w2v_encoder.w2v_model.") + name: t for name, t in weights.items()
+        }
     wrapper = {"_name": "wav2vec_ctc", "w2v_path": "there.pt", "mask_prob": 0.5}
     monkeypatch.setitem(sys.modules, "fairseq", module := types.ModuleType("fairseq"))
     Dictionary.__module__, module.Dictionary = "fairseq", Dictionary
     how = {
         "cfg": {"cfg": {"model": wrapper | {"w2v_args": {"model": inner, "task": {}}}, "task": {"_name": "audio_finetuning"}},
                 "task_state": {"target_dictionary": Dictionary(letters)}},
-        "args": {"args": argparse.Namespace(**wrapper, w2v_args=argparse.Namespace(**inner)), "task_state": {"target_dictionary": Dictionary(letters)}},
+        "args": {"args": argparse.Namespace(**wrapper, w2v_args=argparse.Namespace(**inner)),
+                 "task_state": {"target_dictionary": Dictionary(letters)}},
         "bare": {"cfg": {"model": wrapper | {"w2v_args": {"model": inner}}}},
     }[form]  # fmt: skip
     path = save({"model": weights} | how)
@@ -240,18 +263,28 @@ def test_text_pretrained(save, tmp_path, form):
     said = options(config, {k: k for k in config if k not in ("modality",)})
     said = {k: v for k, v in said.items() if isinstance(v, (int, float, bool))}
     nested = {k: v for k, v in said.items() if not k.startswith("encoder_")}
-    nested["transformer"] = {"encoder": {k.removeprefix("encoder_"): v for k, v in said.items() if k.startswith("encoder_")}, "decoder": {"attention_heads": 99}}
+    nested["transformer"] = {
+        "encoder": {k.removeprefix("encoder_"): v for k, v in said.items() if k.startswith("encoder_")},
+        "decoder": {"attention_heads": 99},
+    }
     how = {"cfg": {"model": nested}} if form == "cfg" else {"args": argparse.Namespace(**said)}
     markers = {"encoder.sentence_encoder.version": torch.tensor([3.0])}
     state = convert.read(save({"model": file["model"] | {"encoder._ema": file["ema"]} | markers} | how))
-    assert state["config"]["heads"] == config["encoder_attention_heads"] and state["config"]["top_k"] == config["average_top_k_layers"]
-    assert state["config"]["beta"] == config["loss_beta"] and set(state["config"]) <= set(vars(TextConfig())) and not state["fresh"]
+    assert (
+        state["config"]["heads"] == config["encoder_attention_heads"]
+        and state["config"]["top_k"] == config["average_top_k_layers"]
+    )
+    assert (
+        state["config"]["beta"] == config["loss_beta"] and set(state["config"]) <= set(vars(TextConfig())) and not state["fresh"]
+    )
     assert any("vocab.json" in note for note in state["notes"]) and form in state["origin"]
     student = load(state)
     close(student(file["input"]["src_tokens"], file["mask"]), file["pred"], 1e-5)
     teacher = Teacher(student.encoder)
     convert.load_into(teacher, state["teacher"], "state")
-    for ours, theirs in zip(teacher(file["input"]["unmasked_tokens"])[-config["average_top_k_layers"] :], file["teacher_layers"], strict=True):
+    for ours, theirs in zip(
+        teacher(file["input"]["unmasked_tokens"])[-config["average_top_k_layers"] :], file["teacher_layers"], strict=True
+    ):
         close(ours, theirs, 1e-5)
 
 
@@ -262,12 +295,17 @@ def test_text_names_of_the_first_versions(save):
     for name, tensor in (file["model"] | ema).items():
         if match := re.fullmatch(r"(.*self_attn\.)([qkv])_proj\.(weight|bias)", name):
             if match[2] == "q":
-                old[f"{match[1]}in_proj_{match[3]}"] = torch.cat([(file["model"] | ema)[f"{match[1]}{part}_proj.{match[3]}"] for part in "qkv"])
+                old[f"{match[1]}in_proj_{match[3]}"] = torch.cat(
+                    [(file["model"] | ema)[f"{match[1]}{part}_proj.{match[3]}"] for part in "qkv"]
+                )
             continue
         old[name.replace("layernorm_embedding", "emb_layer_norm").replace("regression_head", "lm_head")] = tensor
     old = {re.sub("^encoder", "decoder", name): tensor for name, tensor in old.items()}
     heads = argparse.Namespace(encoder_attention_heads=file["config"]["encoder_attention_heads"])
-    state, now = convert.read(save({"model": old, "args": heads})), convert.read(save({"model": file["model"] | {"encoder._ema": file["ema"]}, "args": heads}))
+    state, now = (
+        convert.read(save({"model": old, "args": heads})),
+        convert.read(save({"model": file["model"] | {"encoder._ema": file["ema"]}, "args": heads})),
+    )
     for part in ("student", "teacher"):
         assert state[part].keys() == now[part].keys()
         assert all(torch.equal(tensor, now[part][name]) for name, tensor in state[part].items())
@@ -276,7 +314,12 @@ def test_text_names_of_the_first_versions(save):
 def test_text_finetuned_for_sentences(save):
     file = golden("text_tied")
     dim = file["config"]["encoder_embed_dim"]
-    head = {"dense.weight": torch.randn(dim, dim), "dense.bias": torch.randn(dim), "out_proj.weight": torch.randn(3, dim), "out_proj.bias": torch.randn(3)}
+    head = {
+        "dense.weight": torch.randn(dim, dim),
+        "dense.bias": torch.randn(dim),
+        "out_proj.weight": torch.randn(3, dim),
+        "out_proj.bias": torch.randn(3),
+    }
     model = file["model"] | {f"classification_heads.sentence_classification_head.{k}": v for k, v in head.items()}
     args = argparse.Namespace(encoder_attention_heads=file["config"]["encoder_attention_heads"])
     state = convert.read(save({"model": model, "args": args}))
@@ -284,7 +327,9 @@ def test_text_finetuned_for_sentences(save):
     ids = file["input"]["unmasked_tokens"]
     with torch.no_grad():
         first = load(state).encoder(ids)[0][:, 0]
-        expected = (first @ head["dense.weight"].T + head["dense.bias"]).tanh() @ head["out_proj.weight"].T + head["out_proj.bias"]
+        expected = (first @ head["dense.weight"].T + head["dense.bias"]).tanh() @ head["out_proj.weight"].T + head[
+            "out_proj.bias"
+        ]
         close(load(state)(ids), expected, 1e-5)
     close(first, file["student_features"][:, 0], 1e-5)
 
@@ -293,7 +338,9 @@ def test_the_vocabulary_is_taken_from_beside_the_file(save, tmp_path):
     """GPT-2's files and fairseq's dict.txt, as the released text models are given out."""
     file = golden("text_tied")
     size = file["model"]["encoder.sentence_encoder.embed_tokens.weight"].shape[0]
-    path = save({"model": file["model"], "args": argparse.Namespace(encoder_attention_heads=file["config"]["encoder_attention_heads"])})
+    path = save(
+        {"model": file["model"], "args": argparse.Namespace(encoder_attention_heads=file["config"]["encoder_attention_heads"])}
+    )
     bytes_ = {letter: i for i, letter in enumerate(text.byte_letters().values())}
     (tmp_path / "encoder.json").write_text(json.dumps(bytes_))
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
@@ -332,7 +379,14 @@ def test_vision_pretrained(save, form):
     state = check_vision(save({"model": model, "model_ema": ema} | more, "released.pth"), file, 2e-2 if form == "half" else 1e-5)
     assert set(state["config"]) <= set(vars(VisionConfig())) and "pre-trained" in state["origin"]
     said = {"top_k": 2, "beta": 1.5, "norm": "layer", "final_norm": "none", "tau_0": 0.999, "target": "block"}
-    recipe = {"top_k": 3, "beta": 2.0, "norm": "layer", "final_norm": "layer", "tau_0": 0.9998, "target": "block"}  # as deep as it is
+    recipe = {
+        "top_k": 3,
+        "beta": 2.0,
+        "norm": "layer",
+        "final_norm": "layer",
+        "tau_0": 0.9998,
+        "target": "block",
+    }  # as deep as it is
     assert (said if form == "args" else recipe).items() <= state["config"].items()
 
 
@@ -354,9 +408,15 @@ def test_vision_finetuned(save, entry, tables):
     source = file if "rel_pos_bias.relative_position_bias_table" in file["model"] else golden("vision")
     model = file["model"]
     if tables == "per block":
-        model = model | per_block({"model": file["model"] | {k: v for k, v in source["model"].items() if k.startswith("rel_pos_bias.")}})
+        model = model | per_block(
+            {"model": file["model"] | {k: v for k, v in source["model"].items() if k.startswith("rel_pos_bias.")}}
+        )
         model = {k: v for k, v in model.items() if not k.startswith("rel_pos_bias.")}
-    more = {"buffer_names": [], "optimizer": None, "param_shapes": [{"w": torch.Size([2])}], "ds_version": "0.1", "dp_world_size": 8} if entry == "module" else {}
+    more = (
+        {"buffer_names": [], "optimizer": None, "param_shapes": [{"w": torch.Size([2])}], "ds_version": "0.1", "dp_world_size": 8}
+        if entry == "module"
+        else {}
+    )
     state = convert.read(save({entry: model} | more, "released.pth"))
     assert entry in state["origin"] and state["goal"] == "images" and state["config"]["per_block"] == (tables == "per block")
     with torch.no_grad():
@@ -373,7 +433,9 @@ def test_tables_of_blocks_that_differ_are_each_their_own(save):
     for l, table in enumerate(state["student"]["encoder.embed.table"]):
         assert torch.equal(table, model[f"blocks.{l}.attn.relative_position_bias_table"])
     classifier = load(state)
-    _, bias = classifier.encoder.embed.place(torch.zeros(1, classifier.encoder.embed.grid[0] * classifier.encoder.embed.grid[1], state["config"]["dim"]))
+    _, bias = classifier.encoder.embed.place(
+        torch.zeros(1, classifier.encoder.embed.grid[0] * classifier.encoder.embed.grid[1], state["config"]["dim"])
+    )
     for l in range(len(bias)):
         expected = model[f"blocks.{l}.attn.relative_position_bias_table"][classifier.encoder.embed.index]
         assert torch.equal(bias[l, 0], expected.permute(2, 0, 1))
@@ -402,7 +464,8 @@ def test_a_malicious_file_runs_nothing(save, tmp_path, how, place, legacy, capsy
     file, written = golden("audio_tied"), tmp_path / "written"
     bad = Malicious(written, how)
     whole = {
-        "weights": {"model": file["model"] | {"mask_emb": bad}}, "teacher": {"model": file["model"] | {"_ema": {"layer_norm.weight": bad}}},
+        "weights": {"model": file["model"] | {"mask_emb": bad}},
+        "teacher": {"model": file["model"] | {"_ema": {"layer_norm.weight": bad}}},
         "options": {"model": file["model"], "args": bad}, "top": bad,
     }[place]  # fmt: skip
     path = save(whole, _use_new_zipfile_serialization=not legacy)
@@ -416,7 +479,13 @@ def test_a_malicious_file_runs_nothing(save, tmp_path, how, place, legacy, capsy
 def test_calls_of_foreign_libraries_are_not_made_either(save, tmp_path, place):
     file, written = golden("audio_tied"), tmp_path / "written"
     bad = Malicious(written, "torch.hub")
-    path = save({"model": file["model"] | ({"mask_emb": bad} if place == "weights" else {}), "args": bad, "cfg": {"model": options(file["config"])}})
+    path = save(
+        {
+            "model": file["model"] | ({"mask_emb": bad} if place == "weights" else {}),
+            "args": bad,
+            "cfg": {"model": options(file["config"])},
+        }
+    )
     if place == "weights":
         with pytest.raises(BadInput, match=r"torch\.hub.* not run"):
             convert.read(path)
@@ -438,7 +507,9 @@ def test_plain_pickles_of_any_protocol_run_nothing(tmp_path, protocol):
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])
 def test_truncated_files_are_one_line(save, tmp_path, share, legacy, capsys):
     file = golden("audio_tied")
-    whole = save({"model": file["model"], "cfg": {"model": options(file["config"])}}, _use_new_zipfile_serialization=not legacy).read_bytes()
+    whole = save(
+        {"model": file["model"], "cfg": {"model": options(file["config"])}}, _use_new_zipfile_serialization=not legacy
+    ).read_bytes()
     path = tmp_path / "part.pt"
     path.write_bytes(whole[: int(share * len(whole))])
     assert tool(path, tmp_path / "ours.pt") == 2

@@ -20,12 +20,14 @@ if __name__ == "__main__":  # `python tools/convert.py` works as well as `python
 import common
 from common import BadInput
 from model import (
-    Classifier, Encoder, Recogniser, SentenceClassifier, Student, convolutions, regression_head, resize_grid, resize_positions, speech_encoder,
+    Classifier, Encoder, Recogniser, SentenceClassifier, Student, convolutions, regression_head, resize_grid, resize_positions,
+    speech_encoder,
     text_encoder, vision_encoder,
 )  # fmt: skip
 from tools import hub, released
 from tools.released import (  # noqa: F401  (names in use elsewhere)
-    POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config, vision_grid,
+    POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config,
+    vision_grid,
 )  # fmt: skip
 from tools.unpickle import load, tensors
 
@@ -58,7 +60,9 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
             return file
         new = released.from_released(file, str(path), asked)
         if new is None:
-            raise BadInput(f"{path}: neither a checkpoint of ours nor a released one that is known; it holds {', '.join(map(str, list(file)[:6]))}")
+            raise BadInput(
+                f"{path}: neither a checkpoint of ours nor a known released one; it holds {', '.join(map(str, list(file)[:6]))}"
+            )
     new = {"notes": []} | new
     complete(new, path)
     if "max_tokens" in new["config"]:
@@ -99,12 +103,16 @@ def add_vocabulary(state: dict, path, asked: dict) -> None:
     there = {part.name for part in beside.iterdir()}
     known = "vocab" in there or {"vocab.json", "encoder.json"} & there and {"merges.txt", "vocab.bpe"} & there
     if not asked.get("vocab") and not known:
-        state["notes"].append("no vocabulary: put vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt, beside the weights")
+        state["notes"].append(
+            "no vocabulary: put vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt, beside the weights"
+        )
         return
     vocabulary = text.open_vocabulary(str(asked.get("vocab") or beside))
     rows = len(state["student"]["encoder.embed.tokens.weight"])
     if vocabulary.size != rows:
-        raise BadInput(f"{asked.get('vocab') or beside}: a vocabulary of {vocabulary.size} tokens, but the model of {path} has {rows}")
+        raise BadInput(
+            f"{asked.get('vocab') or beside}: a vocabulary of {vocabulary.size} tokens, but the model of {path} has {rows}"
+        )
     state["vocabulary"] = vocabulary.spell()
 
 
@@ -118,12 +126,18 @@ def encoder_of(config: dict, vocab: int = 0) -> Encoder:
         size = config["image_size"], config.get("image_width") or config["image_size"]
         more = {name: config[name] for name in ("target", "relative", "per_block", "learned_std") if name in config}
         return vision_encoder(
-            image_size=size, patch=config["patch"], layer_scale=config["layer_scale"], eps=config.get("norm_eps", 1e-6), **sizes, **more
+            image_size=size,
+            patch=config["patch"],
+            layer_scale=config["layer_scale"],
+            eps=config.get("norm_eps", 1e-6),
+            **sizes,
+            **more,
         )
     sizes |= {"eps": config.get("norm_eps", 1e-5), "target": config.get("target", "ffn")}
     if "channels" in config:
         return speech_encoder(
-            convs=convolutions(config["channels"], config.get("convs") or []), kernel=max(3, config["pos_width"] // config["pos_depth"]),
+            convs=convolutions(config["channels"], config.get("convs") or []),
+            kernel=max(3, config["pos_width"] // config["pos_depth"]),
             pos_depth=config["pos_depth"], groups=config["pos_groups"], deep_norm=config.get("deep_norm", False), **sizes,
         )  # fmt: skip
     return text_encoder(vocab=vocab, max_length=config["max_tokens"], pad=1, **sizes)
@@ -137,8 +151,9 @@ def build(state: dict) -> torch.nn.Module:
     except (ValueError, RuntimeError) as error:  # sizes that do not go together
         raise BadInput(f"the sizes of the checkpoint do not go together: {' '.join(str(error).split())[:200]}") from None
     if "classes" in state:
-        n = len(state["classes"])
-        return Classifier(encoder, n, config.get("pool_cls", False)) if "patch" in config else (Recogniser if "channels" in config else SentenceClassifier)(encoder, n)  # fmt: skip
+        if "patch" in config:
+            return Classifier(encoder, len(state["classes"]), config.get("pool_cls", False))
+        return (Recogniser if "channels" in config else SentenceClassifier)(encoder, len(state["classes"]))
     if config.get("objective") == "mlm":
         return Student(encoder, torch.nn.Linear(config["dim"], len(student["encoder.embed.tokens.weight"])))
     return Student(encoder, regression_head(config["dim"], config.get("head_layers", 1)))
@@ -152,7 +167,9 @@ def patch_grid(config: dict) -> tuple[int, int]:
 def check_fit(mine: dict[str, Tensor], weights: dict[str, Tensor], path, fresh: list[str] | tuple[str, ...] = ()) -> None:
     """Raises BadInput that names parameters without weights (unless of a `fresh` part), weights left over, other shapes."""
     new = {name for name in mine if name not in weights and name.split(".")[0] in fresh}
-    odd = [n for n in (mine.keys() | weights.keys()) - new if n not in mine or n not in weights or mine[n].shape != weights[n].shape]
+    odd = [
+        n for n in (mine.keys() | weights.keys()) - new if n not in mine or n not in weights or mine[n].shape != weights[n].shape
+    ]
     if odd:
         raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
 
@@ -183,11 +200,15 @@ def main():
     parser.add_argument("source", metavar="IN", help="checkpoint or folder to read")
     parser.add_argument("target", metavar="OUT", help="checkpoint of ours (.pt or .pth) or folder to write")
     parser.add_argument("--network", choices=("student", "teacher"), default="student", help="which one goes into a folder")
-    options = parser.add_argument_group("what the file may not say, by default as released; in conflict with the file it is an error")
+    options = parser.add_argument_group(
+        "what the file may not say, by default as released; in conflict with the file it is an error"
+    )
     options.add_argument("--heads", type=int, help="attention heads; 64 features each")
     options.add_argument("--image_size", type=int, help="pixels, of a vision model without positions; 224")
     options.add_argument("--convs", help="speech: as fairseq writes them, such as '[(512,10,5)] + [(512,3,2)]*4 + [(512,2,2)]*2'")
-    options.add_argument("--letters", type=Path, metavar="FILE", help="speech: dict.ltr.txt of the fine-tuning; the released order of 28")
+    options.add_argument(
+        "--letters", type=Path, metavar="FILE", help="speech: dict.ltr.txt of the fine-tuning; the released order of 28"
+    )
     options.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line; numbers")
     options.add_argument("--vocab", help="text: folder with vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt")
     options.add_argument("--top_k", type=int, help="layers averaged into the target: 6 (vision), 8 (speech), 10 (text)")
@@ -199,7 +220,11 @@ def main():
     target = Path(args.target)
     if not target.parent.is_dir():
         raise BadInput(f"{args.target}: cannot be written, its folder does not exist")
-    asked = {name: value for name, value in vars(args).items() if value is not None and name not in ("source", "target", "network", "letters", "classes")}
+    asked = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name not in ("source", "target", "network", "letters", "classes")
+    }
     if args.letters or args.classes:
         asked["classes"] = released.letters_of_file(args.letters) if args.letters else lines_of(args.classes)
     state = read(args.source, asked)
@@ -211,7 +236,10 @@ def main():
         notes = hub.write(with_defaults(state), target, args.network)
     sizes = ("dim", "depth", "heads", "ffn", "patch", "image_size", "max_tokens", "top_k", "target", "norm", "beta")
     parts = [name for name in ("student", "teacher", "classes", "vocabulary") if state.get(name) is not None]
-    print(f"{args.source}: {origin}; {', '.join(parts)}; " + ", ".join(f"{name} {state['config'][name]}" for name in sizes if name in state["config"]))
+    print(
+        f"{args.source}: {origin}; {', '.join(parts)}; "
+        + ", ".join(f"{name} {state['config'][name]}" for name in sizes if name in state["config"])
+    )
     for note in [*state.get("notes", []), *notes]:
         print(f"  {note}")
     print(f"-> {args.target}")

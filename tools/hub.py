@@ -16,7 +16,8 @@ from torch import Tensor
 from common import BadInput
 from model import CONVS, convolutions
 from tools.released import (
-    LETTERS, SPEECH_RECIPE, TEXT_RECIPE, VISION_RECIPE, choose, depth_of, fuse, gather_positions, head_layers, spell_convs, targets, under_encoder,
+    LETTERS, SPEECH_RECIPE, TEXT_RECIPE, VISION_RECIPE, choose, depth_of, fuse, gather_positions, head_layers, spell_convs,
+    targets, under_encoder,
 )  # fmt: skip
 from tools.unpickle import load_folder, read_json
 
@@ -64,19 +65,19 @@ VISION = {
     "encoder.layer.{}.output.dense": "blocks.{}.fc2",
     "layernorm": "norm",
 }
-KINDS = {  # model_type: names of the weights, prefix under a head, recipe of pre-training
-    "data2vec-audio": (AUDIO, "data2vec_audio.", SPEECH_RECIPE),
-    "data2vec-text": (TEXT, "data2vec_text.", TEXT_RECIPE),
-    "roberta": (TEXT, "roberta.", TEXT_RECIPE),
-    "data2vec-vision": (VISION, "data2vec_vision.", VISION_RECIPE),
-    "beit": (VISION, "beit.", VISION_RECIPE),
+KINDS = {  # model_type: names of the weights, prefix under a head, recipe of pre-training, what else a folder of ours keeps
+    "data2vec-audio": (AUDIO, "data2vec_audio.", SPEECH_RECIPE, ("share_positions", "window")),
+    "data2vec-text": (TEXT, "data2vec_text.", TEXT_RECIPE, ("share_embedding", "window", "objective", "head_layers")),
+    "roberta": (TEXT, "roberta.", TEXT_RECIPE, ()),
+    "data2vec-vision": (VISION, "data2vec_vision.", VISION_RECIPE, ("window", "layer_scale")),
+    "beit": (VISION, "beit.", VISION_RECIPE, ()),
 }
 LEFT_OUT = r"pooler\..*|lm_head\..*|.*relative_position_index|.*position_ids"  # parts that a model of ours has no use for
 OURS = "data2vec"  # entry of config.json for what only we ask: K, targets, loss
 
 
 def translate(name: str, table: dict[str, str]) -> str | None:
-    """"encoder.layer.3.output.dense.bias" -> "blocks.3.fc2.bias"; None if the table does not have it."""
+    """ "encoder.layer.3.output.dense.bias" -> "blocks.3.fc2.bias"; None if the table does not have it."""
     number = re.search(r"(?<=\.)\d+(?=\.)", name + ".")
     form = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
     stem, _, leaf = form.rpartition(".")
@@ -88,11 +89,11 @@ def translate(name: str, table: dict[str, str]) -> str | None:
 
 
 def read(folder: Path, asked: dict) -> dict:
-    """A folder -> {"student", "teacher": None, "config", "origin"[, "classes", "goal", "vocabulary", "notes"]}. Raises BadInput."""
+    """A folder -> {"student", "teacher": None, "config", "origin", "notes"[, "classes", "goal"]}. Raises BadInput."""
     config, notes = read_json(folder / "config.json"), []
     if (kind := config.get("model_type")) not in KINDS:
         raise BadInput(f"{folder}: its config.json says model_type {kind}; known are {', '.join(KINDS)}")
-    names, prefix, recipe = KINDS[kind]
+    names, prefix, recipe, more = KINDS[kind]
     refuse_variants(config, folder)
     weights = {name.removeprefix(prefix): tensor for name, tensor in load_folder(folder).items()}
     encoder, rest = {}, {}
@@ -100,34 +101,31 @@ def read(folder: Path, asked: dict) -> dict:
         new = translate(name, names)
         (encoder if new else rest)[new or name] = tensor
     encoder = fuse({re.sub(r"attn\.([qkv])\.bias", r"attn.\1_bias", name): tensor for name, tensor in encoder.items()})
-    make = {id(AUDIO): audio_model, id(TEXT): text_model, id(VISION): vision_model}[id(names)]
+    make = audio_model if names is AUDIO else text_model if names is TEXT else vision_model
     new = make(folder, config, encoder, rest, asked, notes)
     if strange := [name for name in rest if not re.fullmatch(LEFT_OUT, name)]:
-        raise BadInput(f"{folder}: weights that this code has no use for: {', '.join(strange[:5])}{' and more' * (len(strange) > 5)}")
+        raise BadInput(
+            f"{folder}: weights that this code has no use for: {', '.join(strange[:5])}{' and more' * (len(strange) > 5)}"
+        )
     if dropped := sorted({name.rpartition(".")[0] for name in rest if not name.endswith(("index", "ids"))}):
         notes.append(f"left out: {', '.join(dropped)}")
     stored = config.get(OURS) if isinstance(config.get(OURS), dict) else {}
     if "classes" not in new:
         new["config"] |= targets(stored, asked, recipe, new["config"]["depth"], folder)
-    new["config"] |= {name: stored[name] for name in extras(recipe) if isinstance(stored.get(name), (bool, int, float, str))}
+    new["config"] |= {name: stored[name] for name in more if isinstance(stored.get(name), (bool, int, float, str))}
     if "task" in stored:
         new["finetune"] = {"task": str(stored["task"])}
     architecture = (config.get("architectures") or [kind])[0]
     return new | {"teacher": None, "notes": notes, "origin": f"folder of transformers, {architecture}"}
 
 
-def extras(recipe: dict) -> tuple[str, ...]:
-    """What else of our Config a folder that we wrote keeps."""
-    return {id(SPEECH_RECIPE): ("share_positions", "window"), id(TEXT_RECIPE): ("share_embedding", "window", "objective", "head_layers")}.get(
-        id(recipe), ("window", "layer_scale")
-    )
-
-
 def refuse_variants(config: dict, folder: Path) -> None:
     """Raises BadInput for what changes the computation in a way that our models cannot follow."""
     fine = {
-        "hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_bias": False, "add_adapter": False, "use_weighted_layer_sum": False,
-        "is_decoder": False, "add_cross_attention": False, "num_channels": 3, "position_embedding_type": "absolute", "add_fpn": False,
+        "hidden_act": "gelu", "feat_extract_activation": "gelu", "conv_bias": False, "add_adapter": False,
+        "use_weighted_layer_sum": False,
+        "is_decoder": False, "add_cross_attention": False, "num_channels": 3, "position_embedding_type": "absolute",
+        "add_fpn": False,
     }  # fmt: skip
     for name, value in fine.items():
         if config.get(name, value) != value:
@@ -160,18 +158,31 @@ def named_classes(config: dict, outputs: int, asked: dict, folder: Path) -> list
 
 
 def audio_model(folder: Path, config: dict, encoder: dict, rest: dict, asked: dict, notes: list) -> dict:
-    kernels = sorted((name for name in encoder if re.fullmatch(r"embed\.content\.convs\.\d+\.weight", name)), key=lambda name: int(name.split(".")[3]))
+    kernels = sorted(
+        (name for name in encoder if re.fullmatch(r"embed\.content\.convs\.\d+\.weight", name)),
+        key=lambda name: int(name.split(".")[3]),
+    )
     strides = config.get("conv_stride", [s for _, _, s in CONVS])
     if len(kernels) != len(strides) or not kernels or "embed.positions.0.weight" not in encoder:
         raise BadInput(f"{folder}: {len(kernels)} convolutions, {len(strides)} strides, or no convolution for positions")
-    width, pos_depth = encoder["embed.positions.0.weight"].shape, sum(name.startswith("embed.positions.") for name in encoder) // 2
+    width, pos_depth = (
+        encoder["embed.positions.0.weight"].shape,
+        sum(name.startswith("embed.positions.") for name in encoder) // 2,
+    )
     if width[-1] < 3:
         raise BadInput(f"{folder}: conv_pos_kernel_size {width[-1]}; at least 3 can be read")
     sizes = common_sizes(config, encoder, 1e-5, folder, asked)
     sizes |= spell_convs([(*encoder[name].shape[::2], int(stride)) for name, stride in zip(kernels, strides)])
-    sizes |= {"pos_depth": pos_depth, "pos_width": width[-1] * pos_depth, "pos_groups": sizes["dim"] // width[1], "deep_norm": False}
+    sizes |= {
+        "pos_depth": pos_depth,
+        "pos_width": width[-1] * pos_depth,
+        "pos_groups": sizes["dim"] // width[1],
+        "deep_norm": False,
+    }
     new = {"student": under_encoder(encoder), "config": sizes}
-    if (folder / "preprocessor_config.json").is_file() and read_json(folder / "preprocessor_config.json").get("do_normalize") is False:
+    if (folder / "preprocessor_config.json").is_file() and read_json(folder / "preprocessor_config.json").get(
+        "do_normalize"
+    ) is False:
         notes.append("its recordings are not normalised to variance 1, ours are")
     if "lm_head.weight" in rest:
         out, bias = rest.pop("lm_head.weight"), rest.pop("lm_head.bias")
@@ -181,8 +192,12 @@ def audio_model(folder: Path, config: dict, encoder: dict, rest: dict, asked: di
             out, bias, classes = out[order], bias[order], [classes[i] for i in order]
             notes.append(f"output {blank}, the blank, became the first")
         new |= {"classes": classes, "goal": "letters"}
-    elif "projector.weight" in rest and "classifier.weight" in rest:  # two linear maps and the mean over time: one map and the mean
-        inner, inner_bias, out, bias = (rest.pop(f"{part}.{leaf}") for part in ("projector", "classifier") for leaf in ("weight", "bias"))
+    elif (
+        "projector.weight" in rest and "classifier.weight" in rest
+    ):  # two linear maps and the mean over time: one map and the mean
+        inner, inner_bias, out, bias = (
+            rest.pop(f"{part}.{leaf}") for part in ("projector", "classifier") for leaf in ("weight", "bias")
+        )
         out, bias = (out.double() @ inner.double()).float(), (out.double() @ inner_bias.double() + bias.double()).float()
         new |= {"classes": named_classes(config, len(out), asked, folder), "goal": "clips"}
     elif "classifier.weight" in rest:  # frame by frame
@@ -245,13 +260,17 @@ def vision_model(folder: Path, config: dict, encoder: dict, rest: dict, asked: d
     height, width = pair(config.get("image_size", 224))
     patch = encoder["embed.proj.weight"].shape[-2:]
     if patch[0] != patch[1] or height % patch[0] or width % patch[0]:
-        raise BadInput(f"{folder}: patches of {patch[0]} x {patch[1]} in images of {height} x {width}; only squares that fill them can be read")
+        raise BadInput(
+            f"{folder}: patches of {patch[0]} x {patch[1]} in images of {height} x {width}; only squares that fill them are read"
+        )
     grid, table = (height // patch[0], width // patch[0]), encoder.get("embed.table")
     if table is not None and grid[0] != grid[1]:
         if table.shape[-2] != (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3:
             raise BadInput(f"{folder}: {table.shape[-2]} relative positions are not those of {grid[0]} x {grid[1]} patches")
         encoder["embed.table"] = table = as_they_use(table, grid)
-        notes.append("images are not square: relative positions as transformers computes with them, sides swapped and interpolated")
+        notes.append(
+            "images are not square: relative positions as transformers computes with them, sides swapped and interpolated"
+        )
     sizes = common_sizes(config, encoder, 1e-12, folder, asked) | {
         "patch": patch[0], "image_size": height, "image_width": width if width != height else 0,
         "layer_scale": float(config.get("layer_scale_init_value", 0.1)) if "blocks.0.scale1" in encoder else 0.0,
@@ -261,7 +280,9 @@ def vision_model(folder: Path, config: dict, encoder: dict, rest: dict, asked: d
     new = {"student": under_encoder(encoder), "config": sizes}
     about = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
     if about.get("image_mean", MEAN) != MEAN or about.get("image_std", STD) != STD:
-        notes.append(f"its pictures are normalised by {about.get('image_mean')} and {about.get('image_std')}, ours by ImageNet's mean and std")
+        notes.append(
+            f"its pictures are normalised by {about.get('image_mean')}, {about.get('image_std')}, ours by ImageNet's mean and std"
+        )
     if "classifier.weight" in rest:
         new["student"].pop("encoder.mask_embedding", None)
         mean = config.get("use_mean_pooling", True)
@@ -311,7 +332,7 @@ def write(state: dict, folder: Path, network: str = "student") -> list[str]:
     head = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.")}
     make = vision_folder if "patch" in arch else audio_folder if "channels" in arch else text_folder
     kind, config, theirs, files, notes = make(state, encoder, head if tuned and network == "student" else {})
-    names, prefix, recipe = KINDS[kind]
+    names, prefix, recipe, more = KINDS[kind]
     names = {ours: name for name, ours in names.items()}
     body = {}
     for name, tensor in unfuse(encoder).items():
@@ -323,7 +344,7 @@ def write(state: dict, folder: Path, network: str = "student") -> list[str]:
         notes.append(f"left out: {', '.join(left)} (of pre-training)")
     if state.get("teacher") and network == "student":
         notes.append("left out: the teacher (--network teacher writes it instead)")
-    kept = {name: arch[name] for name in (*recipe, *extras(recipe)) if name in arch} if not tuned else {}
+    kept = {name: arch[name] for name in (*recipe, *more) if name in arch} if not tuned else {}
     kept |= {"task": state["finetune"]["task"]} if state.get("finetune", {}).get("task") else {}
     sizes = {
         "model_type": kind, "hidden_size": arch["dim"], "num_hidden_layers": arch["depth"], "num_attention_heads": arch["heads"],
@@ -333,9 +354,15 @@ def write(state: dict, folder: Path, network: str = "student") -> list[str]:
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    save_file({name: t.float().clone().contiguous() for name, t in (body | theirs).items()}, part / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: t.float().clone().contiguous() for name, t in (body | theirs).items()},
+        part / "model.safetensors",
+        {"format": "pt"},
+    )
     for name, content in {"config.json": config, **files}.items():
-        (part / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        (part / name).write_text(
+            content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
     if folder.exists():
         folder.rmdir()
     os.replace(part, folder)
@@ -372,9 +399,11 @@ def audio_folder(state: dict, encoder: dict, head: dict) -> tuple[str, dict, dic
         raise BadInput("deep_norm: the transformers library has no Data2VecAudio with DeepNorm's residuals")
     convs = convolutions(arch["channels"], arch.get("convs") or [])
     config = {
-        "conv_dim": [c for c, _, _ in convs], "conv_kernel": [k for _, k, _ in convs], "conv_stride": [s for _, _, s in convs], "conv_bias": False,
+        "conv_dim": [c for c, _, _ in convs], "conv_kernel": [k for _, k, _ in convs], "conv_stride": [s for _, _, s in convs],
+        "conv_bias": False,
         "feat_extract_activation": "gelu", "num_feat_extract_layers": len(convs), "num_conv_pos_embeddings": arch["pos_depth"],
-        "conv_pos_kernel_size": max(3, arch["pos_width"] // arch["pos_depth"]), "num_conv_pos_embedding_groups": arch["pos_groups"],
+        "conv_pos_kernel_size": max(3, arch["pos_width"] // arch["pos_depth"]),
+        "num_conv_pos_embedding_groups": arch["pos_groups"],
         "mask_time_prob": 0.05, "add_adapter": False, "use_weighted_layer_sum": False, "architectures": ["Data2VecAudioModel"],
     }  # fmt: skip
     files = {"preprocessor_config.json": {
@@ -390,7 +419,8 @@ def audio_folder(state: dict, encoder: dict, head: dict) -> tuple[str, dict, dic
         files["vocab.json"] = {name: i for i, name in enumerate(classes)}
         unknown = "<unk>" if "<unk>" in classes else classes[0]
         files["tokenizer_config.json"] = {
-            "tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": classes[0], "unk_token": unknown, "bos_token": None, "eos_token": None,
+            "tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": classes[0], "unk_token": unknown, "bos_token": None,
+            "eos_token": None,
             "word_delimiter_token": "|", "do_lower_case": False, "replace_word_delimiter_char": " ",
         }  # fmt: skip
         files["preprocessor_config.json"]["processor_class"] = "Wav2Vec2Processor"
@@ -408,7 +438,8 @@ def audio_folder(state: dict, encoder: dict, head: dict) -> tuple[str, dict, dic
 def text_folder(state: dict, encoder: dict, head: dict) -> tuple[str, dict, dict, dict, list[str]]:
     arch, classes, dim, notes = state["config"], state.get("classes", []), state["config"]["dim"], []
     config = {
-        "vocab_size": len(encoder["embed.tokens.weight"]), "max_position_embeddings": len(encoder["embed.positions.weight"]), "type_vocab_size": 1,
+        "vocab_size": len(encoder["embed.tokens.weight"]), "max_position_embeddings": len(encoder["embed.positions.weight"]),
+        "type_vocab_size": 1,
         "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "architectures": ["Data2VecTextModel"],
     }  # fmt: skip
     theirs = {"embeddings.token_type_embeddings.weight": torch.zeros(1, dim)}
@@ -450,7 +481,8 @@ def tokenizer_files(spelled: str, max_tokens: int) -> dict:
     files["vocab.json"] = dict(sorted(names.items(), key=lambda item: item[1]))
     files["merges.txt"] = "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges)
     files["tokenizer_config.json"] = special | {
-        "tokenizer_class": "RobertaTokenizer", "model_max_length": max_tokens, "add_prefix_space": False, "sep_token": "</s>", "cls_token": "<s>",
+        "tokenizer_class": "RobertaTokenizer", "model_max_length": max_tokens, "add_prefix_space": False, "sep_token": "</s>",
+        "cls_token": "<s>",
     }  # fmt: skip
     return files
 
@@ -469,17 +501,22 @@ def vision_folder(state: dict, encoder: dict, head: dict) -> tuple[str, dict, di
     height, width = arch["image_size"], arch.get("image_width") or arch["image_size"]
     table = encoder.get("embed.table")
     if height != width and (table is not None or "embed.learned" in encoder):
-        raise BadInput(f"images of {height} x {width}: the transformers library mixes up the sides of positions of images that are not square")
+        raise BadInput(
+            f"images of {height} x {width}: the transformers library mixes up the sides of positions if images are not square"
+        )
     config = {
         "image_size": height if height == width else [height, width], "patch_size": arch["patch"], "num_channels": 3,
         "use_mask_token": "mask_embedding" in encoder, "use_absolute_position_embeddings": "embed.learned" in encoder,
         "use_relative_position_bias": table is not None and table.ndim == 3,
-        "use_shared_relative_position_bias": table is not None and table.ndim == 2, "use_mean_pooling": bool(head) and not arch.get("pool_cls", False),
-        "layer_scale_init_value": arch["layer_scale"] if "blocks.0.scale1" in encoder else 0.0, "architectures": ["Data2VecVisionModel"],
+        "use_shared_relative_position_bias": table is not None and table.ndim == 2,
+        "use_mean_pooling": bool(head) and not arch.get("pool_cls", False),
+        "layer_scale_init_value": arch["layer_scale"] if "blocks.0.scale1" in encoder else 0.0,
+        "architectures": ["Data2VecVisionModel"],
         "out_indices": [arch["depth"]], "drop_path_rate": 0.1,
     }  # fmt: skip
     files = {"preprocessor_config.json": {
-        "image_processor_type": "BeitImageProcessor", "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,
+        "image_processor_type": "BeitImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
+        "resample": 3,
         "do_center_crop": False, "crop_size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": MEAN, "image_std": STD, "do_reduce_labels": False,
     }}  # fmt: skip

@@ -53,7 +53,10 @@ POST_NORM = {  # the layers of speech and text alike
     r"encoder\.layers\.(\d+)\.fc([12])\.(weight|bias)": r"blocks.\1.fc\2.\3",
     r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)": r"blocks.\1.norm2.\2",
 }
-SPEECH_HEAD = {r"final_proj\.(?:0\.)?(weight|bias)": r"head.\1", r"proj\.(weight|bias)": r"out.\1"}  # of pre-training; of fine-tuning
+SPEECH_HEAD = {
+    r"final_proj\.(?:0\.)?(weight|bias)": r"head.\1",
+    r"proj\.(weight|bias)": r"out.\1",
+}  # of pre-training; of fine-tuning
 
 TEXT = {
     r"encoder\.embed_(tokens|positions)\.weight": r"embed.\1.weight",
@@ -148,7 +151,9 @@ def from_released_vision(file: dict, path: str = "released checkpoint") -> dict:
     return new
 
 
-def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None, path: str = "released checkpoint") -> dict:
+def from_released_speech(
+    model: dict[str, Tensor], ema: dict[str, Tensor] | None = None, path: str = "released checkpoint"
+) -> dict:
     """Released names -> {"student", "teacher"}; the teacher's content (convolutions, projection) is the student's."""
     account(model, [*SPEECH, *POST_NORM, *SPEECH_HEAD], path, "released speech checkpoint")
     encoder = fuse(rename(model, SPEECH | POST_NORM))
@@ -157,7 +162,9 @@ def from_released_speech(model: dict[str, Tensor], ema: dict[str, Tensor] | None
         return {"student": student, "teacher": None}
     if not any(name.startswith("encoder.") for name in ema):  # the Transformer alone was averaged
         ema = {f"encoder.{name}": tensor for name, tensor in ema.items()}
-    account(ema, [*SPEECH, *POST_NORM, *SPEECH_HEAD], path, "teacher of a released speech checkpoint")  # a head is not averaged by us
+    account(
+        ema, [*SPEECH, *POST_NORM, *SPEECH_HEAD], path, "teacher of a released speech checkpoint"
+    )  # a head is not averaged by us
     return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, SPEECH | POST_NORM)))}
 
 
@@ -180,7 +187,7 @@ def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None =
     return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, TEXT | POST_NORM)))}
 
 
-# ---- options: what the weights tell, then what the file says, then what the user says, then the released recipe -----------------
+# ---- options: what the weights tell, what the file says, what the user says, the released recipe -----------------------------
 
 
 def choose(name: str, said, asked: dict, recipe, path):
@@ -210,15 +217,18 @@ def targets(options: dict, asked: dict, recipe: dict, depth: int, path) -> dict:
 
 
 SPEECH_RECIPE = {
-    "target": "ffn", "top_k": 8, "norm": "instance", "final_norm": "none", "beta": 0.0, "tau_0": 0.999, "tau_e": 0.9999, "tau_n": 30_000,
+    "target": "ffn", "top_k": 8, "norm": "instance", "final_norm": "none", "beta": 0.0, "tau_0": 0.999, "tau_e": 0.9999,
+    "tau_n": 30_000,
     "mask_p": 0.65, "mask_span": 10,
 }  # fmt: skip
 TEXT_RECIPE = {
-    "target": "ffn", "top_k": 10, "norm": "layer", "final_norm": "none", "beta": 4.0, "tau_0": 0.999, "tau_e": 0.9999, "tau_n": 100_000,
+    "target": "ffn", "top_k": 10, "norm": "layer", "final_norm": "none", "beta": 4.0, "tau_0": 0.999, "tau_e": 0.9999,
+    "tau_n": 100_000,
     "mask_p": 0.15, "mask_span": 1,
 }  # fmt: skip
 VISION_RECIPE = {
-    "target": "block", "top_k": 6, "norm": "layer", "final_norm": "layer", "beta": 2.0, "tau_0": 0.9998, "tau_e": 0.9998, "tau_n": 0,
+    "target": "block", "top_k": 6, "norm": "layer", "final_norm": "layer", "beta": 2.0, "tau_0": 0.9998, "tau_e": 0.9998,
+    "tau_n": 0,
     "mask_ratio": 0.6, "mask_block": 16,
 }  # fmt: skip
 
@@ -265,7 +275,8 @@ def resolve(cfg):
 def under_our_names(options: dict) -> dict:
     """fairseq's names for targets, loss and tau."""
     theirs = {
-        "top_k": "average_top_k_layers", "beta": "loss_beta", "tau_0": "ema_decay", "tau_e": "ema_end_decay", "tau_n": "ema_anneal_end_step",
+        "top_k": "average_top_k_layers", "beta": "loss_beta", "tau_0": "ema_decay", "tau_e": "ema_end_decay",
+        "tau_n": "ema_anneal_end_step",
         "mask_p": "mask_prob", "mask_span": "mask_length",
     }  # fmt: skip
     said = {ours: options.get(name) for ours, name in theirs.items()}
@@ -283,11 +294,14 @@ def speech_config(encoder: dict[str, Tensor], options: dict, asked: dict, path) 
     convs = [encoder[f"embed.content.convs.{i}.weight"].shape for i in range(count(encoder, "embed.content.convs."))]
     strides = strides_of(options.get("conv_feature_layers"), len(convs)) or [s for _, _, s in CONVS]
     if len(strides) != len(convs):
-        raise BadInput(f"{path}: {len(convs)} convolutions, and their strides are not said; --convs says each as channels,kernel,stride")
+        raise BadInput(
+            f"{path}: {len(convs)} convolutions, and their strides are not said; --convs says each as channels,kernel,stride"
+        )
     position, pos_depth = encoder["embed.positions.0.weight"], count(encoder, "embed.positions.")
     dim = len(encoder["embed.content.proj.weight"])
     return spell_convs([(c, k, s) for (c, _, k), s in zip(convs, strides)]) | {
-        "dim": dim, "depth": depth_of(encoder), "heads": choose("heads", options.get("encoder_attention_heads"), asked, max(1, dim // 64), path),
+        "dim": dim, "depth": depth_of(encoder),
+        "heads": choose("heads", options.get("encoder_attention_heads"), asked, max(1, dim // 64), path),
         "ffn": len(encoder["blocks.0.fc1.weight"]), "pos_depth": pos_depth, "pos_width": position.shape[-1] * pos_depth,
         "pos_groups": dim // position.shape[1], "norm_eps": 1e-5, "deep_norm": False,
     }  # fmt: skip
@@ -352,7 +366,9 @@ def vision_config(encoder: dict[str, Tensor], index: Tensor | None, path: str, o
     patch, depth, dim = proj.shape[-1], depth_of(encoder), len(proj)
     if table is not None:
         if not (grid := vision_grid(table.shape[-2], index)):
-            raise BadInput(f"{path}: {table.shape[-2]} relative positions are not those of a square image, and no relative_position_index in it fits them")
+            raise BadInput(
+                f"{path}: {table.shape[-2]} relative positions are not those of a square image, and no index in it fits them"
+            )
     elif "embed.learned" in encoder:
         grid = (math.isqrt(len(encoder["embed.learned"])),) * 2
         if grid[0] ** 2 != len(encoder["embed.learned"]):
@@ -364,7 +380,8 @@ def vision_config(encoder: dict[str, Tensor], index: Tensor | None, path: str, o
         "patch": patch, "dim": dim, "heads": heads, "image_size": grid[0] * patch,
         "image_width": grid[1] * patch if grid[0] != grid[1] else 0, "depth": depth, "ffn": len(encoder["blocks.0.fc1.weight"]),
         "layer_scale": 1e-4 if "blocks.0.scale1" in encoder else 0.0, "relative": table is not None,
-        "per_block": table is not None and table.ndim == 3, "learned_std": 0.02 if "embed.learned" in encoder else 0.0, "norm_eps": 1e-6,
+        "per_block": table is not None and table.ndim == 3, "learned_std": 0.02 if "embed.learned" in encoder else 0.0,
+        "norm_eps": 1e-6,
     }  # fmt: skip
 
 
@@ -451,16 +468,23 @@ def speech_file(file: dict, path: str, asked: dict) -> dict:
     if tuned := "out.weight" in new["student"]:
         outputs, sounds = len(new["student"]["out.weight"]), "classification" in str(task.get("_name"))
         new["goal"] = "sounds" if sounds else "letters"
-        new["classes"] = asked.get("classes") or dictionary_of(file) or (LETTERS if outputs == len(LETTERS) and not sounds else None)
+        new["classes"] = (
+            asked.get("classes") or dictionary_of(file) or (LETTERS if outputs == len(LETTERS) and not sounds else None)
+        )
         new["classes"] = new["classes"] or [str(i) for i in range(outputs)]
         new["student"] = {name: tensor for name, tensor in new["student"].items() if not name.startswith("head.")}
         if len(new["classes"]) != outputs:
-            raise BadInput(f"{path}: {outputs} outputs, but {len(new['classes'])} classes; give the list that it was trained with")
+            raise BadInput(
+                f"{path}: {outputs} outputs, but {len(new['classes'])} classes; give the list that it was trained with"
+            )
     else:
         said = under_our_names(options) | {"target": None}
         new["config"] |= targets(said, asked, SPEECH_RECIPE, new["config"]["depth"], path)
         new["config"]["share_positions"] = not (ema and any("pos_conv" in name for name in ema))
-    return new | {"origin": f"released speech checkpoint (fairseq, {form(file)}), {'fine-tuned for ' + new['goal'] if tuned else 'pre-trained'}"}
+    return new | {
+        "origin": f"released speech checkpoint (fairseq, {form(file)}), "
+        + (f"fine-tuned for {new['goal']}" if tuned else "pre-trained")
+    }
 
 
 def text_file(file: dict, path: str, asked: dict) -> dict:
@@ -483,7 +507,9 @@ def text_file(file: dict, path: str, asked: dict) -> dict:
     else:
         new["config"] |= targets(under_our_names(options), asked, TEXT_RECIPE, new["config"]["depth"], path)
         new["config"] |= {"objective": "data2vec", "head_layers": head_layers(new["student"])}
-    return new | {"origin": f"released text checkpoint (fairseq, {form(file)}), {'fine-tuned for sentences' if tuned else 'pre-trained'}"}
+    return new | {
+        "origin": f"released text checkpoint (fairseq, {form(file)}), {'fine-tuned for sentences' if tuned else 'pre-trained'}"
+    }
 
 
 def newer_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ MADE = {  # all that is ever called
 } | {
     f"numpy.{core}.multiarray.scalar": number for core in ("core", "_core")
 } | {
-    f"torch._utils.{name}": getattr(torch._utils, name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
+    f"torch._utils._rebuild_{name}": getattr(torch._utils, f"_rebuild_{name}") for name in ("tensor", "tensor_v2", "tensor_v3")
 } | {
     str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }  # fmt: skip
@@ -104,7 +104,9 @@ class InertUnpickler(pickle.Unpickler):
 
 def load(path: str | Path) -> dict:
     """Reads a checkpoint of torch.save, in its zip format or the one before, onto the CPU. Raises BadInput: one line."""
-    reader = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler, load=lambda file, **how: InertUnpickler(file, **how).load())
+    reader = types.SimpleNamespace(
+        __name__="inert", Unpickler=InertUnpickler, load=lambda file, **how: InertUnpickler(file, **how).load()
+    )
     try:
         if tarfile.is_tarfile(path):  # these two torch.load would read in ways of their own
             raise pickle.UnpicklingError("it is a tar archive")
@@ -148,7 +150,11 @@ def tensors(weights, path: str | Path, what: str = "weights") -> dict[str, Tenso
         raise BadInput(f"{path}: its {what} are not a table of names and tensors")
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            kind = f"what {tensor.name or 'a call'} would make, which was not run" if isinstance(tensor, Record) else type(tensor).__name__
+            kind = (
+                f"what {tensor.name or 'a call'} would make, which was not run"
+                if isinstance(tensor, Record)
+                else type(tensor).__name__
+            )
             raise BadInput(f"{path}: its {what} hold no tensor but {kind} as {name}; not a file to trust")
     return {str(name): tensor.detach().float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
