@@ -535,6 +535,18 @@ class Batches(torch.utils.data.Dataset):
         raise BadInput(f"{bad[-1]}; nor can any other of the {len(self)} recordings be loaded: check the data folder")
 
 
+def mix(x, samples, y, p, rng):
+    """Mixup of a batch of padded clips with a shuffle of its own: each with probability p, in a proportion of its own.
+
+    x (B, N) waves, samples (B,) their lengths, y (B, classes) truth -> the same of the mixtures, as long as the longer of both.
+    """
+    other = torch.from_numpy(rng.permutation(len(x)))
+    keep = np.where(rng.random(len(x)) < p, rng.random(len(x)), 1.0)
+    samples = torch.where(torch.from_numpy(keep < 1), samples.maximum(samples[other]), samples)
+    keep = torch.from_numpy(keep).float()[:, None]
+    return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
+
+
 # ------------------------------------------------------------------------------------------------------ the made speech
 
 LETTERS = {  # formants F1 F2 F3 in Hz, loudness of voice and of noise; of a stop, which is silent at first, its burst

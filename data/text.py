@@ -660,6 +660,10 @@ TASKS = {                                        # SPEC section 5; the paper lea
     "QNLI": Task(("entailment", "not_entailment"), ("accuracy",), ("question", "sentence", "label"), archive="QNLIv2.zip"),
     "RTE": Task(("entailment", "not_entailment"), ("accuracy",), ("sentence1", "sentence2", "label"), archive="RTE.zip"),
 }
+RECIPES = {                                      # steps and sentences a step of the paper's fine-tuning
+    "CoLA": (5336, 16), "SST-2": (20_935, 32), "MRPC": (2296, 16), "STS-B": (3598, 16), "QQP": (113_272, 32),
+    "MNLI": (123_873, 32), "QNLI": (33_112, 32), "RTE": (2036, 16),
+}
 COLA = ["source", "label", "mark", "sentence"]   # the columns of its files, which do not say so
 
 
@@ -793,6 +797,10 @@ class Sentences(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.rows)
+
+    def part(self, indices):
+        """-> the Sentences of these rows alone, in this order."""
+        return Sentences([self.rows[i] for i in indices], self.vocabulary, self.max_tokens)
 
     def __getitem__(self, keys):
         rows = [self.rows[index] for _, index in keys]
