@@ -217,9 +217,11 @@ def open_split(root, split, min_samples=MIN_SAMPLES, show=True):
     else:
         raise BadInput(f"{root}: neither a folder {split}/ nor a manifest {split}.tsv in it; check the name of the split")
     found = Utterances(names, lengths, transcripts, speakers)
-    min_samples = max(min_samples, MIN_SAMPLES)
-    short = found.lengths < min_samples
-    bad += [f"{names[i]}: too short: {lengths[i]} samples of at least {min_samples}" for i in np.flatnonzero(short)]
+    short = found.lengths < MIN_SAMPLES
+    bad += [f"{names[i]}: too short: {lengths[i]} samples of at least {MIN_SAMPLES}" for i in np.flatnonzero(short)]
+    if (brief := (found.lengths < min_samples) & ~short).any():
+        bad += [f"{folder}: {brief.sum()} recordings shorter than {min_samples / RATE:g} s (--min_seconds)"]
+        short |= brief
     if short.all():
         some = f"no recording that can be used ({bad[0]})" if bad else f"no recordings ({' '.join(ENDINGS)})"
         raise BadInput(f"{folder}: {some}; put audio there or choose another split")
