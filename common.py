@@ -97,6 +97,7 @@ def start_processes(device: str, dtype: str) -> tuple[int, int, torch.device, to
     native = torch.cuda.get_device_capability() >= (8, 0) if cuda else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and native)
     dist.init_process_group("nccl" if cuda else "gloo") if "RANK" in os.environ else None
+    torch.multiprocessing.set_start_method("fork", force=True) if hasattr(os, "fork") else None  # datasets hold closures
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), place, autocast
 
 
@@ -122,8 +123,7 @@ def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
 
 def save(path: Path, state: dict | str) -> None:
     """Writes text, .json or a checkpoint under a temporary name, then renames: a crash leaves the previous file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(state, indent=2) if path.suffix == ".json" else state
+    temporary, text = path.with_name(path.name + ".tmp"), json.dumps(state, indent=2) if path.suffix == ".json" else state
     temporary.write_text(text) if isinstance(text, str) else torch.save(state, temporary)
     os.replace(temporary, path)
 

@@ -22,26 +22,22 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
 import train_speech
+import train_text
 import train_vision
 from common import BadInput, option
-from data import audio, images, letters, text
-from masking import span_mask
-from model import Classifier, Recogniser, SentenceClassifier, linear_softmax, text_encoder, vision_encoder
-from targets import average_precision
+from data import audio, images, labels, letters, text
+from model import Classifier, Recogniser, SentenceClassifier, linear_softmax
 from tools import convert
 
 
@@ -172,7 +168,6 @@ PRESETS = {
         layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1, clip=1.0,
     ),
 }  # fmt: skip
-GLUE_STEPS = {"CoLA": 5336, "MNLI": 123_873, "MRPC": 2296, "QNLI": 33_112, "QQP": 113_272, "RTE": 2036, "SST-2": 20_935, "STS-B": 3598}
 
 
 def lr_at(step: int, cfg: Config) -> float:
@@ -220,26 +215,9 @@ def check(cfg: Config, world: int) -> int:
     return count
 
 
-@dataclass
-class Task:
-    """What one kind of labels brings to the loop: images_task, letters_task, sounds_task."""
-
-    model: torch.nn.Module  # an encoder and a new head
-    state: dict  # of the checkpoint it comes from: "config", "classes" and, to resume, all the rest
-    classes: list[str]  # what the outputs stand for
-    examples: str  # such as "1000 images"
-    metric: str  # of those that evaluate() returns, the one that says which checkpoint is best
-    lower: bool  # is less better?
-    batches: Callable[[int], Iterator]  # (step) -> this process's micro-batches of the steps after it
-    weigh: Callable  # (micro-batch) -> what the loss is a mean over (images, letters, clips), how many examples these are
-    loss: Callable  # (network, micro-batch, rng) -> the loss, summed over the micro-batch
-    evaluate: Callable[[], dict[str, float]]  # on the held-out part; every example counts once, whatever the processes
-    extra: dict = field(default_factory=dict)  # what else a checkpoint must hold
-
-
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
-    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
+    place = common.start_processes(cfg.device, cfg.dtype)  # rank, number of processes, device, autocast
     if cfg.predict or cfg.eval_only:
         about = convert.read(cfg.init) if cfg.init != "none" else {}
         if "classes" not in about:
@@ -248,22 +226,23 @@ def main():
     if cfg.goal == "sentences":
         cfg = replace(cfg, steps=cfg.steps or 1, global_batch=cfg.global_batch or 1) if cfg.predict else paper_values(cfg)
     if cfg.sweep:
-        return sweep(cfg, rank, world, device, autocast)
-    train(cfg, rank, world, device, autocast)
+        return sweep(cfg, place)
+    train(cfg, place)
 
 
-def train(cfg: Config, rank: int, world: int, device: torch.device, autocast: torch.autocast) -> None:
+def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> None:
     """One run: fine-tune, or evaluate, or predict."""
+    rank, world, device, _ = place
     accumulation = check(cfg, world)
     torch.manual_seed(cfg.seed)
     if cfg.predict:
-        return predict(cfg, device, autocast) if rank == 0 else None
+        return predict(cfg, place) if rank == 0 else None
 
     # ---- the run's folder, and what is already there
     stored, bad, named = Path(cfg.out, "ckpt.pt"), set(), set()  # bad: "file: what is wrong with it"
     resuming = cfg.resume and stored.exists()
-    make = {"images": images_task, "letters": letters_task, "sounds": sounds_task, "sentences": sentences_task}[cfg.goal]
-    task = make(cfg, replace(cfg, init=str(stored)) if resuming else cfg, rank, world, device, autocast, accumulation, bad)
+    start = replace(cfg, init=str(stored)) if resuming else cfg
+    task = labels.TASKS[cfg.goal](cfg, lambda classes: build(start, classes), place, accumulation, bad)
     folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
 
     if cfg.compile and cfg.goal in ("images", "sentences"):
@@ -392,7 +371,7 @@ def train(cfg: Config, rank: int, world: int, device: torch.device, autocast: to
               f"{best[task.metric]:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
 
 
-def better(scores: dict, best: dict, task: Task) -> bool:
+def better(scores: dict, best: dict, task: labels.Task) -> bool:
     return not best or (scores[task.metric] < best[task.metric] if task.lower else scores[task.metric] > best[task.metric])
 
 
@@ -407,448 +386,87 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if name.startswith("encoder.") and not name.endswith("table") else depth + 1
 
 
-# ---- images: classes -------------------------------------------------------------------------------------------------
+# ---- the network ------------------------------------------------------------------------------------------------------
+
+KINDS = {  # the script that pre-trains it, what a checkpoint of it is known by, its name
+    "images": (train_vision, "patch", "images"), "letters": (train_speech, "channels", "recordings"),
+    "sounds": (train_speech, "channels", "recordings"), "sentences": (train_text, "vocabulary", "text"),
+}  # fmt: skip
 
 
-def images_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
-    """Top-1 (and top-5 from 10 classes up); a subset of train/ by label_fraction, the same for every run of a seed."""
-    train, val = images.open_folder(cfg.data) if cfg.data else images.made_images()
-    if len(train.classes) < 2:
-        raise BadInput(f"{cfg.data}: only one class in train/; fine-tuning needs at least two folders of classes")
-    for part in (train, val):
-        if -1 in part.labels:
-            name = part.names[part.labels.index(-1)]
-            raise BadInput(f"{name}: not in one of the {len(train.classes)} class folders of train/; move it or add the class")
-    train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
-    classifier, state, size = build(start, train.classes)
-    classifier.to(device)
+def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Module, dict, list[str]]:
+    """The encoder of --init, or of --model, under a head -> model, what the file says, the classes of its outputs in order.
 
-    def augment(img, rng):
-        img = images.flip(images.random_resized_crop(img, size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng), rng)
-        if cfg.rand_augment:
-            return images.rand_augment(img, 2, cfg.rand_augment, 0.5, rng)
-        return images.color_jitter(img, cfg.jitter, rng)
-
-    def load(views, keys):
-        return DataLoader(views, batch_sampler=keys, collate_fn=images.collate, num_workers=cfg.workers,
-                          pin_memory=device.type == "cuda", generator=torch.Generator())  # fmt: skip
-
-    def batches(step):
-        keys = images.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)
-        return iter(load(images.Views(train, augment, cfg.seed), keys))
-
-    def weigh(batch):
-        return len(batch[0]), len(batch[0])
-
-    def loss(network, batch, rng):
-        view, _, labels, broken = batch
-        bad.update(broken)
-        x, y = images.normalise(view.to(device)), F.one_hot(labels.to(device), len(train.classes)).float()
-        x, y = mix(erase(x, cfg.erasing, rng), y, cfg, rng)
-        with autocast:
-            logits = network(x)
-        return F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing, reduction="sum")
-
-    @torch.no_grad()
-    def evaluate():
-        mine = range(rank, len(val), world)
-        keys = [[(0, i) for i in mine[at : at + 250]] for at in range(0, len(mine), 250)]
-        counts = torch.zeros(3, device=device, dtype=torch.float64)  # images, right at first, right among five
-        classifier.eval()
-        for view, _, labels, broken in load(images.Views(val, lambda img, rng: images.center_crop(img, size), 0, replace=False), keys):  # fmt: skip
-            bad.update(broken)
-            if not len(view):
-                continue
-            with autocast:
-                logits = classifier(images.normalise(view.to(device)))
-            hit = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels.to(device)[:, None]
-            counts += torch.stack([torch.tensor(len(hit), device=device), hit[:, 0].sum(), hit.sum()])
-        classifier.train()
-        if world > 1:
-            dist.all_reduce(counts)
-        n, first, five = counts.tolist()
-        if not n:
-            raise BadInput(f"{cfg.data}: no picture of val/ could be decoded, for instance {next(iter(bad))}; check the folder")
-        return {"top1": first / n} | ({"top5": five / n} if len(train.classes) >= 10 else {})
-
-    return Task(classifier, state, train.classes, f"{len(train)} images", "top1", False, batches, weigh, loss, evaluate)
-
-
-def build(cfg: Config, classes: list[str] | None = None) -> tuple[Classifier, dict, tuple[int, int]]:
-    """The classifier with the weights of --init -> classifier, what the file says (config, classes), image size in pixels.
-
-    A fine-tuned file keeps its head when its classes are those of the data; None asks for just such a file.
+    A fine-tuned file keeps its head when it is for the same classes; None asks for just such a file.
     """
-    if cfg.init == "none":
-        state = {"config": asdict(train_vision.Config(**preset_of(cfg, train_vision)))}
-    else:
+    script, mark, kind = KINDS[cfg.goal]
+    if cfg.init != "none":
         state = convert.read(cfg.init)
-        if "patch" not in state["config"]:
-            raise BadInput(f"--init {cfg.init}: not a model of images; --preset {cfg.preset} is for images")
-    arch = asdict(train_vision.Config()) | state["config"]
-    old = (arch["image_size"], arch["image_width"] or arch["image_size"])
-    size = (cfg.image_size, cfg.image_size) if cfg.image_size else old
-    if size[0] % arch["patch"] or size[1] % arch["patch"]:
-        raise BadInput(f"--image_size {cfg.image_size}: not a multiple of the model's patch of {arch['patch']} pixels")
-    encoder = vision_encoder(
-        image_size=size, patch=arch["patch"], dim=arch["dim"], depth=arch["depth"], heads=arch["heads"], ffn=arch["ffn"],
-        layer_scale=arch["layer_scale"], drop_path=cfg.drop_path, dropout=cfg.dropout, attn_dropout=cfg.attn_dropout,
-        relative=arch["relative"], learned_std=arch["learned_std"], init_std=arch["init_std"],
-    )  # fmt: skip
-    tuned = state.get("classes")
-    if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
-        tuned = state["classes"] = classes  # a released file numbers its classes, in the order of their sorted names
-    classifier = Classifier(encoder, len(classes or tuned))
-    if cfg.init != "none" and cfg.init_from != "random":
-        weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
-        if weights is None:
-            raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
-        if cfg.eval_only and tuned and classes != tuned:
-            raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned))[:4]}")
-        if tuned is None or classes not in (None, tuned):  # only the encoder serves: the pre-training's own parts go
-            own = ("encoder.norm.", "encoder.mask_embedding")
-            weights = {k: v for k, v in weights.items() if k.startswith("encoder.") and not k.startswith(own)}
-            weights |= {k: v for k, v in classifier.state_dict().items() if not k.startswith("encoder.")}
-        convert.load_into(classifier, weights, cfg.init, convert.patch_grid(arch), (size[0] // arch["patch"], size[1] // arch["patch"]))
-    state["config"] = arch | {"image_size": size[0], "image_width": size[1]}
-    return classifier, state, size
-
-
-def label_subset(labels: list[int], fraction: float, seed: int) -> np.ndarray:
-    """Sorted indices of `fraction` of every class, at least one each; a function of the seed alone."""
-    labels, rng = np.asarray(labels), np.random.default_rng([seed, 10])
-    chosen = []
-    for c in range(labels.max() + 1):
-        members = rng.permutation(np.flatnonzero(labels == c))
-        chosen.append(members[: max(1, round(fraction * len(members)))])
-    return np.sort(np.concatenate(chosen))
-
-
-def erase(x: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2020): noise in a rectangle of 2 to 33 % of a picture. x: (B, 3, H, W) normalised."""
-    height, width = x.shape[-2:]
-    for picture in x:
-        if rng.random() < probability:
-            area, aspect = height * width * rng.uniform(0.02, 1 / 3), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-            h, w = min(height, round(math.sqrt(area * aspect))), min(width, round(math.sqrt(area / aspect)))
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            noise = rng.standard_normal((3, h, w), dtype=np.float32)
-            picture[:, top : top + h, left : left + w] = torch.from_numpy(noise).to(x.device)
-    return x
-
-
-def mix(x: torch.Tensor, y: torch.Tensor, cfg: Config, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of a batch with its own reverse order.
-
-    x (B, 3, H, W) pictures, y (B, classes) soft labels; both are mixed in the same proportion.
-    """
-    use_cutmix = cfg.cutmix > 0 and (cfg.mixup == 0 or rng.random() < 0.5)
-    if not use_cutmix and cfg.mixup == 0:
-        return x, y
-    keep = rng.beta(*[cfg.cutmix if use_cutmix else cfg.mixup] * 2)
-    if use_cutmix:
-        height, width = x.shape[-2:]
-        h, w = round(height * math.sqrt(1 - keep)), round(width * math.sqrt(1 - keep))
-        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-        other, x = x.flip(0), x.clone()
-        x[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
-        keep = 1 - h * w / (height * width)
-    else:
-        x = keep * x + (1 - keep) * x.flip(0)
-    return x, keep * y + (1 - keep) * y.flip(0)
-
-
-# ---- recordings: letters by CTC, sound events ---------------------------------------------------------------------------
-
-
-def build_speech(cfg: Config, classes: list[str] | None = None) -> tuple[Recogniser, dict, list[str]]:
-    """The speech encoder with the weights of --init under a head -> recogniser, what the file says, classes of the outputs.
-
-    A fine-tuned file keeps its head, and its order of the classes, when it is for the same; None asks for just such a file.
-    """
-    if cfg.init == "none":
-        state = {"config": asdict(train_speech.Config(**preset_of(cfg, train_speech)))}
-    else:
-        state = convert.read(cfg.init)
-        if "channels" not in state["config"]:
-            raise BadInput(f"--init {cfg.init}: not a model of recordings; --preset {cfg.preset} is for recordings")
-    tuned = state.get("classes") if state.get("goal") == cfg.goal else None
-    keep = tuned is not None and (classes is None or cfg.goal == "letters" or sorted(classes) == sorted(tuned))
-    if cfg.eval_only and not keep:
-        raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned))[:4]}")
-    classes = tuned if keep else classes
-    arch = asdict(train_speech.Config()) | {k: v for k, v in state["config"].items() if hasattr(train_speech.Config(), k)}
-    regularisers = {name: getattr(cfg, name) for name in ("dropout", "attn_dropout", "ffn_dropout", "layer_drop")}
-    recogniser = Recogniser(train_speech.build(train_speech.Config(**arch | regularisers)).encoder, len(classes), cfg.head_dropout)
-    if cfg.init != "none" and cfg.init_from != "random":
-        weights = state["teacher"] if cfg.init_from == "teacher" and "classes" not in state else state["student"]
-        if weights is None:
-            raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
-        if not keep:  # only the encoder serves
-            weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-            weights |= {k: v for k, v in recogniser.state_dict().items() if not k.startswith("encoder.")}
-        convert.load_into(recogniser, weights, cfg.init)
-    return recogniser, state | {"config": arch}, classes
-
-
-def speech_batches(cfg: Config, utterances, device, accumulation, world, rank, step) -> Iterator:
-    """This process's micro-batches after `step`, padded: at most max_samples, similar lengths together."""
-    longest = round(cfg.max_seconds * audio.RATE)
-    keys = audio.batches(utterances.lengths, cfg.max_samples, longest, cfg.seed, step, cfg.steps, accumulation * world, world, rank)
-    return iter(DataLoader(audio.Batches(utterances, cfg.seed, longest, pad=True), batch_size=None, sampler=keys,
-                           num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))  # fmt: skip
-
-
-def masked_outputs(cfg: Config, network, encoder, x, samples, device, autocast, rng) -> tuple[torch.Tensor, torch.Tensor]:
-    """Waves x (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), under spans of hidden frames and channels."""
-
-    def spans(lengths, p, span):
-        return span_mask(lengths, p, span, rng, equal=False).to(device) if p else None
-
-    mask = spans(encoder.embed.frames(samples).numpy(), cfg.mask_p, cfg.mask_span)  # (B, T)
-    channels = spans(np.full(len(x), encoder.dim), cfg.channel_p, cfg.channel_span)  # (B, D)
-    with autocast:
-        logits, frames = network(x.to(device), samples.to(device), mask, channels)
-    return logits.float(), frames
-
-
-@torch.no_grad()
-def outputs(cfg: Config, recogniser: Recogniser, utterances, device, autocast, rank, world, bad) -> Iterator[tuple[int, torch.Tensor]]:
-    """Of each utterance of this process's share, short ones first: its index and its logits (T, classes) float32."""
-    longest = int(utterances.lengths.max())
-    lots = audio.epoch_batches(utterances.lengths, cfg.max_samples, 0, 0, longest, sort=True)[rank::world]
-    recogniser.eval()
-    batches = DataLoader(audio.Batches(utterances, 0, longest, pad=True), batch_size=None, num_workers=cfg.workers,
-                         sampler=[(0, i, tuple(lot.tolist())) for i, lot in enumerate(lots)], generator=torch.Generator())  # fmt: skip
-    for lot, batch in zip(lots, batches):
-        bad.update(batch["bad"])
-        with autocast:
-            logits, frames = recogniser(batch["source"].to(device), batch["lengths"].to(device))
-        for asked, got, row, n in zip(lot.tolist(), batch["indices"].tolist(), logits.float(), frames.tolist()):
-            if asked == got:  # else it could not be read, and another stands in its place
-                yield got, row[:n]
-    recogniser.train()
-
-
-def letters_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
-    """Word and character error rates of letters read off every frame, trained by CTC (Graves et al. 2006)."""
-    if cfg.data and cfg.eval_only and cfg.valid:  # the training part need not be there
-        train = valid = audio.concatenate([audio.open_split(cfg.data, split, show=rank == 0) for split in cfg.valid])
-    else:
-        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, show=rank == 0) if cfg.data else audio.made_speech()
-    train = valid if cfg.eval_only else train
-    bad |= {*train.bad, *valid.bad}
-    recogniser, state, dictionary = build_speech(start, letters.LETTERS)
-    recogniser.to(device)
-
-    def transcribed(utterances, longest):  # those that the dictionary can spell, not longer than that
-        kept, texts, left_out = [], [], []
-        for i, transcript in enumerate(utterances.transcripts):
-            said, unknown = letters.clean(transcript, dictionary)
-            if not said or unknown or utterances.lengths[i] > longest:
-                why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
-                left_out.append(f"{utterances.names[i]}: {why}")
-            else:
-                kept.append(i)
-                texts.append(said)
-        if not kept:
-            raise BadInput(f"{cfg.data}: no utterance that can be used, for instance {left_out[0]}; add transcripts or choose other splits")
-        bad.update(left_out)
-        part = utterances.part(kept)
-        part.transcripts = texts
-        return part
-
-    valid = transcribed(valid, math.inf)
-    train = valid if cfg.eval_only else transcribed(train, cfg.max_seconds * audio.RATE)
-    train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
-    targets = [letters.encode(text, dictionary) for text in train.transcripts]
-    lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
-
-    def weigh(batch):
-        return sum(len(targets[i]) for i in batch["indices"].tolist()), len(batch["indices"])
-
-    def loss(network, batch, rng):
-        bad.update(batch["bad"])
-        logits, frames = masked_outputs(cfg, network, recogniser.encoder, batch["source"], batch["lengths"], device, autocast, rng)
-        said = [targets[i] for i in batch["indices"].tolist()]
-        goal, lengths = torch.tensor([letter for text in said for letter in text]), torch.tensor([len(text) for text in said])
-        log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, B, letters)
-        return F.ctc_loss(log_probs, goal.to(device), frames, lengths.to(device), reduction="sum", zero_infinity=True)  # inf: too short to say it
-
-    def evaluate():
-        pairs = []  # what was said, what was understood
-        for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad):
-            log_probs = logits.log_softmax(-1)
-            if cfg.beam:
-                guess = letters.decode_beam(log_probs, dictionary, cfg.beam, lm, cfg.lm_weight, cfg.word_score)[0][0]
-            else:
-                guess, _ = letters.decode_greedy(log_probs, dictionary)
-            pairs.append((valid.transcripts[i], guess))
-        pairs = [pair for part in common.gather(pairs) for pair in part]
-        words = letters.wer(pairs)
-        counts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions", "words")}
-        return {"wer": words.rate, "cer": letters.cer(pairs).rate} | counts
-
-    def batches(step):
-        return speech_batches(cfg, train, device, accumulation, world, rank, step)
-
-    return Task(recogniser, state, dictionary, f"{len(train)} utterances", "wer", True, batches, weigh, loss, evaluate)
-
-
-def sounds_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
-    """Mean average precision of sound events, several a clip: sigmoids of every frame, pooled by linear softmax."""
-    if not cfg.data:
-        raise BadInput("--data: sound events are not made on the spot; give a folder with classes.txt, train.csv and valid.csv")
-    found, train, valid = audio.open_events(cfg.data, cfg.valid if cfg.eval_only else cfg.train, cfg.valid, show=rank == 0)
-    bad |= {*train.bad, *valid.bad}
-    train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
-    recogniser, state, classes = build_speech(start, found)
-    recogniser.to(device)
-    column = {name: c for c, name in enumerate(classes)}
-
-    def truth(utterances, indices):  # (B, classes) float, 1 where the event is in the clip
-        y = torch.zeros(len(indices), len(classes))
-        for row, i in zip(y, indices):
-            row[[column[name] for name in utterances.transcripts[i].split(";")]] = 1
-        return y
-
-    def weigh(batch):
-        return len(batch["indices"]), len(batch["indices"])
-
-    def loss(network, batch, rng):
-        bad.update(batch["bad"])
-        x, samples, y = mix_clips(batch["source"], batch["lengths"], truth(train, batch["indices"].tolist()), cfg.mixup, rng)
-        logits, frames = masked_outputs(cfg, network, recogniser.encoder, x, samples, device, autocast, rng)
-        p = linear_softmax(logits, frames).clamp(1e-7, 1 - 1e-7)
-        return F.binary_cross_entropy(p, y.to(device), reduction="sum") / len(classes)
-
-    def evaluate():
-        scores = {}  # {index: (classes,)}
-        for i, logits in outputs(cfg, recogniser, valid, device, autocast, rank, world, bad):
-            scores[i] = linear_softmax(logits[None], torch.tensor([len(logits)], device=device))[0].cpu()
-        scores = dict(sorted(pair for part in common.gather(list(scores.items())) for pair in part))
-        return {"map": average_precision(torch.stack(list(scores.values())), truth(valid, list(scores)))}
-
-    def batches(step):
-        return speech_batches(cfg, train, device, accumulation, world, rank, step)
-
-    return Task(recogniser, state, classes, f"{len(train)} clips", "map", False, batches, weigh, loss, evaluate)
-
-
-def mix_clips(x: torch.Tensor, samples: torch.Tensor, y: torch.Tensor, p: float, rng: np.random.Generator) -> tuple:
-    """Mixup of a batch of padded clips with a shuffle of its own: each with probability p, in a proportion of its own.
-
-    x (B, N) waves, samples (B,) their lengths, y (B, classes) truth -> the same of the mixtures, as long as the longer of both.
-    """
-    other = torch.from_numpy(rng.permutation(len(x)))
-    keep = np.where(rng.random(len(x)) < p, rng.random(len(x)), 1.0)
-    samples = torch.where(torch.from_numpy(keep < 1), samples.maximum(samples[other]), samples)
-    keep = torch.from_numpy(keep).float()[:, None]
-    return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
-
-
-# ---- sentences: GLUE ---------------------------------------------------------------------------------------------------
-
-
-def build_text(cfg: Config, classes: list[str] | None = None) -> tuple[SentenceClassifier, dict, text.Vocabulary]:
-    """The text encoder with the weights of --init under a head -> classifier, what the file says (config, classes), vocabulary.
-
-    A fine-tuned file keeps its head when its classes are `classes`; None asks for just such a file.
-    """
-    if cfg.init == "none":
+        if mark not in state | state["config"]:
+            lacking = ", or one without its vocabulary" if kind == "text" else ""
+            raise BadInput(f"--init {cfg.init}: not a model of {kind}{lacking}; --preset {cfg.preset} is for {cfg.goal}")
+    elif cfg.goal == "sentences":
         raise BadInput("--init none: a text model needs a vocabulary; give a checkpoint, and --init_from random for random weights")
-    state = convert.read(cfg.init)
-    if "vocabulary" not in state:
-        raise BadInput(f"--init {cfg.init}: not a model of text, or one without its vocabulary; --preset {cfg.preset} is for sentences")
-    arch, vocabulary, tuned = state["config"], text.Vocabulary.parse(state["vocabulary"]), state.get("classes")
-    encoder = text_encoder(
-        vocab=vocabulary.size, max_length=arch["max_tokens"], pad=text.PAD, dim=arch["dim"], depth=arch["depth"], heads=arch["heads"],
-        ffn=arch["ffn"], dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, ffn_dropout=cfg.ffn_dropout,
-    )  # fmt: skip
-    classifier = SentenceClassifier(encoder, len(classes or tuned), cfg.head_dropout)
-    weights = state["teacher"] if cfg.init_from == "teacher" and tuned is None else state["student"]
-    if weights is None:
-        raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
-    if tuned is None or classes not in (None, tuned):  # only the encoder serves
-        weights = {k: v for k, v in weights.items() if k.startswith("encoder.")}
-        weights |= {k: v for k, v in classifier.state_dict().items() if not k.startswith("encoder.")}
-    if cfg.init_from != "random" or tuned is not None:
-        convert.load_into(classifier, weights, cfg.init)
-    return classifier, state, vocabulary
+    elif cfg.model not in script.PRESETS:
+        raise BadInput(f"--model {cfg.model}: no preset of {script.__name__}.py; choose from {', '.join(script.PRESETS)}")
+    else:
+        state = {"config": script.PRESETS[cfg.model]}
+    arch = asdict(script.Config())
+    arch |= {name: value for name, value in state["config"].items() if name in arch}
+    grids = [convert.patch_grid(arch)] if kind == "images" else []
+    if cfg.image_size and kind == "images":
+        if cfg.image_size % arch["patch"]:
+            raise BadInput(f"--image_size {cfg.image_size}: not a multiple of the model's patch of {arch['patch']} pixels")
+        arch |= {"image_size": cfg.image_size, "image_width": cfg.image_size}
+    grids += [convert.patch_grid(arch)] if kind == "images" else []
+
+    tuned = state.get("classes") if state.get("goal", "images") == cfg.goal else None
+    if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
+        tuned = classes  # a released file numbers its classes, in the order of their sorted names
+    keep = tuned is not None and (classes in (None, tuned) or cfg.goal == "letters" or cfg.goal == "sounds" and sorted(classes) == sorted(tuned))  # fmt: skip
+    if cfg.eval_only and not keep:
+        raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned or []))[:4]}")
+    classes = tuned if keep else classes
+
+    own = {name: getattr(cfg, name) for name in ("drop_path", "layer_drop", "dropout", "attn_dropout", "ffn_dropout")}
+    wanted = script.Config(**arch | {name: value for name, value in own.items() if name in arch})
+    if kind == "images":
+        model = Classifier(script.build(wanted).encoder, len(classes))
+    elif kind == "recordings":
+        model = Recogniser(script.build(wanted).encoder, len(classes), cfg.head_dropout)
+    else:
+        vocabulary = text.Vocabulary.parse(state["vocabulary"])
+        model = SentenceClassifier(script.build(wanted, vocabulary.size).encoder, len(classes), cfg.head_dropout)
+    if cfg.init != "none" and (cfg.init_from != "random" or "classes" in state):
+        weights = state["teacher" if cfg.init_from == "teacher" and "classes" not in state else "student"]
+        if weights is None:
+            raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
+        if not keep:  # only the encoder serves, without what pre-training alone needs
+            fresh = model.state_dict()
+            left = [name for name in weights if name.startswith(("encoder.norm.", "encoder.mask_embedding")) and name not in fresh]
+            weights = {name: value for name, value in weights.items() if name.startswith("encoder.") and name not in left}
+            weights |= {name: value for name, value in fresh.items() if not name.startswith("encoder.")}
+        convert.load_into(model, weights, cfg.init, *grids)
+    return model, state | {"config": arch}, classes
+
+
+# ---- sentences: the paper's values, the sweep -----------------------------------------------------------------------------
 
 
 def paper_values(cfg: Config) -> Config:
-    """Steps and batch of a GLUE task where the options say 0 (SPEC section 5; Liu et al. 2019)."""
+    """Steps and batch of a GLUE task where the options say 0 (SPEC section 5; Liu et al. 2019); of one of yours, 10 epochs."""
     if not cfg.task:
         raise BadInput(f"--task: which one? {', '.join(text.TASKS)}, or a folder of yours in --data")
     name = {known.lower(): known for known in text.TASKS}.get(cfg.task.lower(), cfg.task)
-    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or (16 if name in ("CoLA", "MRPC", "RTE", "STS-B") else 32))
-    if cfg.steps or name in GLUE_STEPS:
-        return replace(cfg, steps=cfg.steps or GLUE_STEPS[name])
-    rows = len(text.open_task(cfg.data, name)[1]["train"].rows)
-    return replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
+    steps, batch = text.RECIPES.get(name, (0, 32))
+    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or batch, steps=cfg.steps or steps)
+    if not cfg.steps:
+        rows = len(text.open_task(cfg.data, name)[1]["train"].rows)
+        cfg = replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
+    return cfg
 
 
-def sentences_task(cfg: Config, start: Config, rank, world, device, autocast, accumulation, bad) -> Task:
-    """A task's own metrics on its dev splits: accuracy, F1, Matthews, Pearson, Spearman (section 5.3)."""
-    spec, parts = text.open_task(cfg.data, cfg.task)
-    bad |= {line for part in parts.values() for line in part.bad}
-    classes = list(spec.classes) or ["score"]
-    classifier, state, vocabulary = build_text(start, classes)
-    if cfg.eval_only and state["classes"] != classes:
-        raise BadInput(f"{cfg.data}: the classes of {cfg.task} are not those of {cfg.init}; see {sorted(set(classes) ^ set(state['classes']))[:4]}")
-    classifier.to(device)
-    rows = parts.pop("train").rows
-    order = np.random.default_rng([cfg.seed, 10]).permutation(len(rows))[: max(1, round(cfg.label_fraction * len(rows)))]
-    longest = state["config"]["max_tokens"]
-    train = text.Sentences([rows[i] for i in np.sort(order)], vocabulary, longest)
-    held_out = {split: text.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
-
-    def load(sentences, keys):
-        return DataLoader(sentences, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",
-                          generator=torch.Generator())  # fmt: skip
-
-    def batches(step):
-        return iter(load(train, text.batches(len(train), cfg.seed, step, cfg.steps, cfg.global_batch, accumulation, world, rank)))
-
-    def weigh(batch):
-        return len(batch["labels"]), len(batch["labels"])
-
-    def loss(network, batch, rng):
-        tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
-        with autocast:
-            logits = network(tokens)
-        if spec.classes:
-            return F.cross_entropy(logits.float(), labels.long(), reduction="sum")
-        return F.mse_loss(logits.float()[:, 0], labels, reduction="sum")
-
-    @torch.no_grad()
-    def evaluate():
-        classifier.eval()
-        scores = {}
-        for split, sentences in held_out.items():
-            mine = range(rank, len(sentences), world)
-            found = {}
-            keys = [[(0, i) for i in mine[at : at + 64]] for at in range(0, len(mine), 64)]
-            for key, batch in zip(keys, load(sentences, keys)):
-                with autocast:
-                    logits = classifier(batch["tokens"].to(device)).float()
-                guess = logits.argmax(1) if spec.classes else logits[:, 0]
-                found |= {i: pair for (_, i), *pair in zip(key, guess.tolist(), batch["labels"].tolist())}
-            everywhere = {i: pair for part in common.gather(found) for i, pair in part.items()}
-            guess, truth = zip(*(everywhere[i] for i in sorted(everywhere)))
-            end = "" if split in ("dev", "dev_matched") else "_" + split.removeprefix("dev_")
-            scores |= {name + end: text.METRICS[name](np.array(guess), np.array(truth)) for name in spec.metrics}
-        classifier.train()
-        return scores
-
-    return Task(
-        classifier, state, classes, f"{len(train)} sentences", spec.metrics[0], False, batches, weigh, loss, evaluate,
-        {"vocabulary": state["vocabulary"]},
-    )  # fmt: skip
-
-
-def sweep(cfg: Config, rank, world, device, autocast) -> None:
+def sweep(cfg: Config, place) -> None:
     """--lrs x --seeds runs in folders of --out, then results.json and table.md: mean and std over seeds of the last step."""
     if cfg.goal != "sentences":
         raise BadInput("--sweep: is for sentences; run finetune.py once for each value instead")
@@ -856,18 +474,18 @@ def sweep(cfg: Config, rank, world, device, autocast) -> None:
         lrs = [float(lr) for lr in cfg.lrs]
     except ValueError:
         raise BadInput(f"--lrs {' '.join(cfg.lrs)}: must be numbers") from None
-    folder, table, metrics = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), {}, ()
+    folder, table, metrics = common.open_run(cfg.out, asdict(cfg), cfg.resume, place[0]), {}, ()
     for name, lr in zip(cfg.lrs, lrs):
         runs = []
         for seed in range(cfg.seeds):
             out = folder / f"lr{name}-seed{seed}"
             if not (cfg.resume and (out / "results.json").exists()):
-                train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), rank, world, device, autocast)
+                train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), place)
             common.gather(None)  # rank 0 writes the results
             runs.append(json.loads((out / "results.json").read_text()))
         metrics = [key for key in runs[0] if key.startswith(tuple(text.METRICS))]
         table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
-    if rank == 0:
+    if place[0] == 0:
         best = max(table, key=lambda name: table[name][metrics[0]][0])
         lines = [f"| {cfg.task}, lr | " + " | ".join(metrics) + " |", "|---:|" + "---|" * len(metrics)]
         lines += [f"| {name} | " + " | ".join(f"{m:.4f} +- {d:.4f}" for m, d in row.values()) + " |" for name, row in table.items()]
@@ -879,32 +497,27 @@ def sweep(cfg: Config, rank, world, device, autocast) -> None:
 # ---- use it --------------------------------------------------------------------------------------------------------------
 
 
-def preset_of(cfg: Config, script) -> dict:
-    """The values of --model, a preset of a pre-training script."""
-    if cfg.model not in script.PRESETS:
-        raise BadInput(f"--model {cfg.model}: no preset of {script.__name__}.py; choose from {', '.join(script.PRESETS)}")
-    return script.PRESETS[cfg.model]
-
-
 @torch.no_grad()
-def predict(cfg: Config, device: torch.device, autocast) -> None:
+def predict(cfg: Config, place) -> None:
     """One line a file: its path, then up to five classes with their probabilities, or what is said and when."""
-    if cfg.goal == "images":
-        model, state, size = build(cfg)
-    elif cfg.goal == "sentences":
-        model, state, vocabulary = build_text(cfg)
-    else:
-        model, state, _ = build_speech(cfg)
+    _, _, device, autocast = place
+    model, state, classes = build(cfg)
     model.to(device).eval()
+
+    def read(path):  # -> (1, ...), what the model takes
+        if cfg.goal == "images":
+            picture = images.center_crop(images.load_image(path), model.encoder.embed.image_size)
+            return images.normalise(images.to_tensor(picture)[None].to(device))
+        if cfg.goal == "sentences":  # a pair is two sentences with a tab between them
+            vocabulary = text.Vocabulary.parse(state["vocabulary"])
+            ids = text.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])
+            return torch.tensor([ids], device=device)
+        return torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
+
     readable = 0
     for path in cfg.predict:
         try:
-            if cfg.goal == "images":
-                x = images.normalise(images.to_tensor(images.center_crop(images.load_image(path), size))[None].to(device))
-            elif cfg.goal == "sentences":  # a pair is two sentences with a tab between them
-                x = torch.tensor([text.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])], device=device)
-            else:
-                x = torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
+            x = read(path)
         except (images.BadImage, audio.BadAudio) as error:
             print(f"{path}: skipped, {error}")
             continue
@@ -912,15 +525,15 @@ def predict(cfg: Config, device: torch.device, autocast) -> None:
         with autocast:
             result = model(x)
         if cfg.goal == "letters":
-            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), state["classes"])
-            print(f"{path}: " + " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(said.split(), times)))
-            continue
-        if state["classes"] == ["score"]:
-            print(f"{path}: {result.item():.3f}")
-            continue
-        probabilities = linear_softmax(*result)[0] if cfg.goal == "sounds" else result.float().softmax(-1)[0]
-        top = probabilities.topk(min(5, len(probabilities)))
-        print(f"{path}: " + ", ".join(f"{state['classes'][i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist())))
+            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), classes)
+            answer = " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(said.split(), times))
+        elif classes == ["score"]:
+            answer = f"{result.item():.3f}"
+        else:
+            probabilities = linear_softmax(*result)[0] if cfg.goal == "sounds" else result.float().softmax(-1)[0]
+            top = probabilities.topk(min(5, len(probabilities)))
+            answer = ", ".join(f"{classes[i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
+        print(f"{path}: {answer}")
     if not readable:
         raise BadInput(f"--predict: none of these files is a {'picture' if cfg.goal == 'images' else 'recording'} that can be read")
 

@@ -138,9 +138,14 @@ class Encoder(nn.Module):
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
                 x = x + 0 * sum(p.sum() for p in block.parameters())  # gradients of 0: DDP waits for all of them
                 continue
-            x, a = block(x, bias[l] if bias is not None and bias.ndim == 5 else bias)  # 5: each block has its own
+            x, a = block(x, bias_of(bias, l))
             layers.append(a[:, self.prefix :])
         return self.norm(x), layers
+
+
+def bias_of(bias: Tensor | None, l: int) -> Tensor | None:
+    """The bias of block l, counted from 0: its own of (L, B, H, T, T), or everyone's."""
+    return bias[l] if bias is not None and bias.ndim == 5 else bias
 
 
 def restrict(bias: Tensor | None, valid: Tensor | None, near: Tensor | None, prefix: int) -> Tensor | None:

@@ -105,6 +105,23 @@ def explained(batches: Iterable[tuple[Tensor, Tensor, Tensor]], by_position: boo
     return 1 - residual / spread if spread > 1e-12 * squares else math.nan
 
 
+def unhealthy(row: dict, guard_after: int, least_target_std: float, least_pred_std: float) -> str:
+    """One line if a run has diverged or (from step guard_after on; -1: never) collapsed, with what to try; else an empty string.
+
+    row  a line of metrics.jsonl: step, loss, grad_norm, target_std, pred_std
+    """
+    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+        return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
+    for name, least in (("target_std", least_target_std), ("pred_std", least_pred_std)):
+        if 0 <= guard_after <= row["step"] and row[name] < least:
+            return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
+    return ""
+
+
+def show(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+
+
 # ---- probes: what frozen features know. x (N, D), y (N,) int64 to fit on; x_test (M, D), y_test (M,) to measure on ---------
 
 

@@ -25,7 +25,7 @@ from common import BadInput, option
 from data import audio, letters
 from masking import span_mask
 from model import Student, Teacher, convolutions, regression_head, speech_encoder
-from targets import explained, feature_std, fit_ctc, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, fit_ctc, regression_loss, show, tau_at, top_k_average, unhealthy
 from tools import convert
 
 
@@ -304,7 +304,7 @@ def main():
         row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "audio_s_per_s": samples / audio.RATE / seconds}
         row |= {"samples_per_s": utterances / seconds, "seconds": time.time() - started}
         bar.set_postfix_str("loss {loss:.3f}, std y {target_std:.2f} f {pred_std:.2f}, masked {masked:.2f}, tau {tau:.4f}, lr {lr:.1e}, {audio_s_per_s:.0f} s audio/s".format(**row))  # fmt: skip
-        if sick := unhealthy(row, cfg):
+        if sick := unhealthy(row, cfg.guard_after, cfg.min_target_std, cfg.min_pred_std):
             bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
@@ -341,20 +341,6 @@ def main():
 
 
 # ---- does it learn? -----------------------------------------------------------------------------------------------
-
-
-def unhealthy(row: dict, cfg: Config) -> str:
-    """One line if the run has diverged or collapsed, with what to try; else an empty string."""
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
-    for name, least in (("target_std", cfg.min_target_std), ("pred_std", cfg.min_pred_std)):
-        if 0 <= cfg.guard_after <= row["step"] and row[name] < least:
-            return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
-    return ""
-
-
-def show(numbers: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
 @torch.no_grad()

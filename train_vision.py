@@ -24,7 +24,7 @@ from common import BadInput, option
 from data import images
 from masking import block_mask
 from model import Student, Teacher, init_vision, regression_head, vision_encoder
-from targets import explained, feature_std, knn, linear_probe, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, knn, linear_probe, regression_loss, show, tau_at, top_k_average, unhealthy
 
 from tools import convert
 
@@ -155,6 +155,19 @@ def check(cfg: Config, world: int) -> int:
     return count
 
 
+def build(cfg: Config) -> Student:
+    """The student of these options, with random weights. finetune.py builds the same encoder from a checkpoint's config."""
+    encoder = vision_encoder(
+        image_size=(cfg.image_size, cfg.image_width or cfg.image_size), patch=cfg.patch, dim=cfg.dim, depth=cfg.depth,
+        heads=cfg.heads, ffn=cfg.ffn, layer_scale=cfg.layer_scale, drop_path=cfg.drop_path, dropout=cfg.dropout,
+        attn_dropout=cfg.attn_dropout, target=cfg.target, relative=cfg.relative, per_block=cfg.per_block,
+        learned_std=cfg.learned_std, init_std=cfg.init_std, eps=cfg.norm_eps,
+    )  # fmt: skip
+    head = regression_head(cfg.dim)
+    init_vision(head, cfg.init_std)
+    return Student(encoder, head)
+
+
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="vision")
     rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
@@ -180,15 +193,7 @@ def main():
 
     # ---- student, teacher, optimiser
     torch.manual_seed(cfg.seed)
-    encoder = vision_encoder(
-        image_size=size, patch=cfg.patch, dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn,
-        layer_scale=cfg.layer_scale, drop_path=cfg.drop_path, dropout=cfg.dropout, attn_dropout=cfg.attn_dropout,
-        target=cfg.target, relative=cfg.relative, per_block=cfg.per_block, learned_std=cfg.learned_std, init_std=cfg.init_std,
-        eps=cfg.norm_eps,
-    )  # fmt: skip
-    head = regression_head(cfg.dim)
-    init_vision(head, cfg.init_std)
-    student = Student(encoder, head).to(device)
+    student = build(cfg).to(device)
     teacher = Teacher(student.encoder, window=cfg.window)
     decay = [p for n, p in student.named_parameters() if p.ndim > 1 and not n.endswith(("table", "learned"))]
     plain = [p for n, p in student.named_parameters() if p.ndim <= 1 or n.endswith(("table", "learned"))]
@@ -289,7 +294,7 @@ def main():
         row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "seconds": time.time() - started}
         row["samples_per_s"] = (step - mark_step) * cfg.global_batch / (time.time() - mark)
         bar.set_postfix_str("loss {loss:.4f}, std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, lr {lr:.1e}, {samples_per_s:.0f} images/s".format(**row))  # fmt: skip
-        if sick := unhealthy(row, cfg):
+        if sick := unhealthy(row, cfg.guard_after, cfg.min_target_std, cfg.min_pred_std):
             bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
@@ -326,20 +331,6 @@ def main():
 
 
 # ---- does it learn? -----------------------------------------------------------------------------------------------
-
-
-def unhealthy(row: dict, cfg: Config) -> str:
-    """One line if the run has diverged or collapsed, with what to try; else an empty string."""
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
-    for name, least in (("target_std", cfg.min_target_std), ("pred_std", cfg.min_pred_std)):
-        if 0 <= cfg.guard_after <= row["step"] and row[name] < least:
-            return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
-    return ""
-
-
-def show(numbers: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
 @torch.no_grad()

@@ -217,9 +217,11 @@ def open_split(root, split, min_samples=MIN_SAMPLES, show=True):
     else:
         raise BadInput(f"{root}: neither a folder {split}/ nor a manifest {split}.tsv in it; check the name of the split")
     found = Utterances(names, lengths, transcripts, speakers)
-    min_samples = max(min_samples, MIN_SAMPLES)
-    short = found.lengths < min_samples
-    bad += [f"{names[i]}: too short: {lengths[i]} samples of at least {min_samples}" for i in np.flatnonzero(short)]
+    short = found.lengths < MIN_SAMPLES
+    bad += [f"{names[i]}: too short: {lengths[i]} samples of at least {MIN_SAMPLES}" for i in np.flatnonzero(short)]
+    if (brief := (found.lengths < min_samples) & ~short).any():
+        bad += [f"{folder}: {brief.sum()} recordings shorter than {min_samples / RATE:g} s (--min_seconds)"]
+        short |= brief
     if short.all():
         some = f"no recording that can be used ({bad[0]})" if bad else f"no recordings ({' '.join(ENDINGS)})"
         raise BadInput(f"{folder}: {some}; put audio there or choose another split")
@@ -533,6 +535,18 @@ class Batches(torch.utils.data.Dataset):
             except BadAudio as e:
                 bad.append(f"{self.utterances.names[i]}: {e}")
         raise BadInput(f"{bad[-1]}; nor can any other of the {len(self)} recordings be loaded: check the data folder")
+
+
+def mix(x, samples, y, p, rng):
+    """Mixup of a batch of padded clips with a shuffle of its own: each with probability p, in a proportion of its own.
+
+    x (B, N) waves, samples (B,) their lengths, y (B, classes) truth -> the same of the mixtures, as long as the longer of both.
+    """
+    other = torch.from_numpy(rng.permutation(len(x)))
+    keep = np.where(rng.random(len(x)) < p, rng.random(len(x)), 1.0)
+    samples = torch.where(torch.from_numpy(keep < 1), samples.maximum(samples[other]), samples)
+    keep = torch.from_numpy(keep).float()[:, None]
+    return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
 
 
 # ------------------------------------------------------------------------------------------------------ the made speech

@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import http.client
+import math
 import os
 import pickle
 import re
@@ -319,6 +320,42 @@ def rand_augment(img, n_ops, magnitude, magnitude_std, rng):
     return img
 
 
+def erase(x, probability, rng):
+    """Random erasing (Zhong et al. 2020): noise in a rectangle of 2 to 33 % of a picture, in place.
+    x: (B, 3, H, W) normalised -> x."""
+    height, width = x.shape[-2:]
+    for picture in x:
+        if rng.random() < probability:
+            area, aspect = height * width * rng.uniform(0.02, 1 / 3), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            h, w = min(height, round(math.sqrt(area * aspect))), min(width, round(math.sqrt(area / aspect)))
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            noise = rng.standard_normal((3, h, w), dtype=np.float32)
+            picture[:, top : top + h, left : left + w] = torch.from_numpy(noise).to(x.device)
+    return x
+
+
+def mix(x, y, mixup, cutmix, rng):
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of a batch with its own reverse order -> x, y.
+
+    x (B, 3, H, W) pictures, y (B, classes) soft labels; both are mixed in the same proportion, drawn from a Beta distribution
+    with parameter mixup or cutmix; 0: off. With both on a coin decides.
+    """
+    use_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    if not use_cutmix and mixup == 0:
+        return x, y
+    keep = rng.beta(*[cutmix if use_cutmix else mixup] * 2)
+    if use_cutmix:
+        height, width = x.shape[-2:]
+        h, w = round(height * math.sqrt(1 - keep)), round(width * math.sqrt(1 - keep))
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        other, x = x.flip(0), x.clone()
+        x[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
+        keep = 1 - h * w / (height * width)
+    else:
+        x = keep * x + (1 - keep) * x.flip(0)
+    return x, keep * y + (1 - keep) * y.flip(0)
+
+
 def to_tensor(img):
     """PIL RGB -> (3, H, W) uint8."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(img).transpose(2, 0, 1)))
@@ -389,6 +426,16 @@ def sample_at(k, n, seed):
     return k // n, int(order(n, seed, k // n)[k % n])
 
 
+def label_subset(labels, fraction, seed):
+    """-> sorted indices of `fraction` of every class, at least one each; a function of the seed alone."""
+    labels, rng = np.asarray(labels), np.random.default_rng([seed, 10])
+    chosen = []
+    for c in range(labels.max() + 1):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        chosen.append(members[: max(1, round(fraction * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
 def batches(n, seed, start_step, steps, global_batch, accumulation, world, rank):
     """Yield this rank's micro-batches, lists of (epoch, index), for steps start_step .. steps - 1 (like range).
 
@@ -447,7 +494,7 @@ def cifar10(out, url, md5):
 
 
 def download(url, path, md5):
-    """Fetch url to `path` by way of `path`.part, going on where a broken download stopped. Raises BadInput."""
+    """Fetch url to `path` by way of `path`.part, going on where a broken download stopped; no md5: unchecked. Raises BadInput."""
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
     try:
@@ -466,7 +513,7 @@ def download(url, path, md5):
         if getattr(e, "code", None) != 416:                        # 416: nothing lies beyond `have`, the part is whole
             raise BadInput(f"{url}: {' '.join(str(e).split()) or type(e).__name__}; run this again, "
                            f"or download the file by hand and put it at {path}") from e
-    if md5_of(part) != md5:
+    if md5 and md5_of(part) != md5:
         os.remove(part)
         raise BadInput(f"{url}: what came has not the md5 {md5}, so it was removed; run this again or check --url")
     os.replace(part, path)

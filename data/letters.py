@@ -56,6 +56,25 @@ def clean(text: str, dictionary: list[str] = LETTERS, blank: int = 0) -> tuple[s
     return text, "".join(sorted(set(text) - {" "} - letters.keys()))
 
 
+def transcribed(utterances, dictionary: list[str], longest: float) -> tuple:
+    """-> (the Utterances of at most `longest` samples that the dictionary can spell, with cleaned transcripts; a line
+    "name: why" for each of the others). Raises BadInput if none is left."""
+    kept, texts, left_out = [], [], []
+    for i, transcript in enumerate(utterances.transcripts):
+        said, unknown = clean(transcript, dictionary)
+        if not said or unknown or utterances.lengths[i] > longest:
+            why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
+            left_out.append(f"{utterances.names[i]}: {why}")
+        else:
+            kept.append(i)
+            texts.append(said)
+    if not kept:
+        raise BadInput(f"no utterance that can be used, for instance {left_out[0]}; add transcripts or choose other splits")
+    part = utterances.part(kept)
+    part.transcripts = texts
+    return part, left_out
+
+
 def encode(text: str, dictionary: list[str] = LETTERS, blank: int = 0) -> list[int]:
     """Text -> indices of its letters, upper-cased, with "|" after every word, the last one too (as released).
 

@@ -97,8 +97,8 @@ def test_a_released_finetuned_file_gives_a_classifier_with_numbered_classes(save
     code, _, err = call(save(released("vision_finetune")), tmp_path / "ours.pt")
     assert code == 0, err
     file = golden("vision_finetune")
-    classifier, state, size = finetune.build(finetune.Config(init=str(tmp_path / "ours.pt")))
-    assert state["classes"] == list("0123456789") and state["teacher"] is None and size == (24, 24)
+    classifier, state, _ = finetune.build(finetune.Config(init=str(tmp_path / "ours.pt")))
+    assert state["classes"] == list("0123456789") and state["teacher"] is None and classifier.encoder.embed.image_size == (24, 24)
     torch.testing.assert_close(classifier.eval()(file["input"]["image"]), file["logits"], rtol=0, atol=1e-5)
 
 
@@ -193,8 +193,9 @@ def test_the_index_of_a_released_file_tells_its_grid(save, height, width):
     file["model"]["rel_pos_bias.relative_position_index"] = relative_index(height, width)
     state = convert.read(save(file))
     assert convert.patch_grid(state["config"]) == (height, width)
-    classifier, _, size = finetune.build(finetune.Config(init=str(save(file))), ["a", "b"])
-    assert size == (8 * height, 8 * width) and torch.equal(classifier.encoder.embed.table, state["student"]["encoder.embed.table"])
+    classifier, _, _ = finetune.build(finetune.Config(init=str(save(file))), ["a", "b"])
+    assert classifier.encoder.embed.image_size == (8 * height, 8 * width)
+    assert torch.equal(classifier.encoder.embed.table, state["student"]["encoder.embed.table"])
 
 
 def test_a_square_grid_needs_no_index(save):

@@ -190,9 +190,9 @@ def test_both_checkpoints_are_plain_data_that_finetune_reads(finished):
     assert best["step"] == results(folder)["best_step"] and "optimizer" not in best
     assert state["classes"] == best["classes"] == ["blue", "red"]
     for name in ("ckpt.pt", "best.pt"):
-        classifier, _, size = finetune.build(finetune.Config(init=str(folder / name)))
+        classifier, _, _ = finetune.build(finetune.Config(init=str(folder / name)))
         assert_same(dict(classifier.state_dict()), dict(checkpoint(folder, name)["student"]))
-        assert size == (16, 16)
+        assert classifier.encoder.embed.image_size == (16, 16)
 
 
 def test_from_ten_classes_up_there_is_a_top5(tmp_path, pretrained):
@@ -260,14 +260,14 @@ OWN = ("encoder.norm.weight", "encoder.norm.bias", "encoder.mask_embedding")  # 
 @pytest.mark.parametrize("network", ["student", "teacher"])
 def test_init_loads_the_encoder_of_the_network_asked_for(pretrained, network):
     cfg = finetune.Config(init=str(pretrained), init_from=network)
-    classifier, state, size = finetune.build(cfg, ["a", "b", "c"])
+    classifier, state, _ = finetune.build(cfg, ["a", "b", "c"])
     file = checkpoint(pretrained.parent)[network]
     encoder = {name: tensor for name, tensor in file.items() if name.startswith("encoder.") and name not in OWN}
     ours = classifier.state_dict()
     assert ours.keys() - encoder.keys() == {"norm.weight", "norm.bias", "out.weight", "out.bias"}
     assert_same({name: ours[name] for name in encoder}, encoder)
     assert classifier.encoder.mask_embedding is None and ours["out.weight"].shape == (3, 16)
-    assert size == (16, 16) and state["config"]["depth"] == 3
+    assert classifier.encoder.embed.image_size == (16, 16) and state["config"]["depth"] == 3
     picture = torch.randn(2, 3, 16, 16)
     last, layers = classifier.eval().encoder(picture)
     assert torch.equal(last[:, 1:], layers[-1]), "the final norm is gone"
@@ -344,8 +344,8 @@ def released(tmp_path_factory):
 def test_a_released_pretrained_checkpoint_is_finetuned(released, pictures, tmp_path):
     file = torch.load(released[0], weights_only=True)
     for network, part in (("student", "model"), ("teacher", "model_ema")):
-        classifier, _, size = finetune.build(finetune.Config(init=str(released[0]), init_from=network), ["a", "b"])
-        assert size == (24, 24)
+        classifier, _, _ = finetune.build(finetune.Config(init=str(released[0]), init_from=network), ["a", "b"])
+        assert classifier.encoder.embed.image_size == (24, 24)
         for block, golden in ((0, "blocks.0.mlp.fc1.weight"), (2, "blocks.2.mlp.fc1.weight")):
             assert torch.equal(classifier.encoder.blocks[block].fc1.weight, file[part][golden])
         assert torch.equal(classifier.encoder.embed.table, file[part]["rel_pos_bias.relative_position_bias_table"])
@@ -364,10 +364,10 @@ def test_a_released_finetuned_checkpoint_predicts_what_it_did(released):
 def test_a_released_finetuned_checkpoint_is_evaluated(released, tmp_path, names):
     """It knows its classes by number only: they are those of the sorted folders. Nine pictures lie where it says."""
     data = write_pictures(tmp_path / "data", names, train=1, val=(1,))
-    classifier, _, side = finetune.build(finetune.Config(init=str(released[1])))
+    classifier, _, _ = finetune.build(finetune.Config(init=str(released[1])))
     for i, name in enumerate(names):
         path = data / "val" / name / "00.png"
-        view = images.normalise(images.to_tensor(images.center_crop(images.load_image(path), side)))
+        view = images.normalise(images.to_tensor(images.center_crop(images.load_image(path), classifier.encoder.embed.image_size)))
         guess = int(classifier.eval()(view[None]).argmax())
         path.rename(data / "val" / names[(guess + (i == 5)) % 10] / f"{name}.png")
     done(tune("--data", data, "--init", released[1], "--eval_only", "--out", tmp_path / "run"))
@@ -380,11 +380,11 @@ def test_a_released_finetuned_checkpoint_is_evaluated(released, tmp_path, names)
 def test_a_fraction_of_the_labels_is_drawn_from_every_class():
     labels = [0] * 100 + [1] * 40 + [2] * 3 + [3] + [1] * 60
     for fraction, counts in ((0.1, [10, 10, 1, 1]), (0.5, [50, 50, 2, 1]), (0.001, [1] * 4), (1.0, [100, 100, 3, 1])):
-        subset = finetune.label_subset(labels, fraction, seed=0)
+        subset = images.label_subset(labels, fraction, seed=0)
         assert sorted(set(subset.tolist())) == subset.tolist(), "sorted, none twice"
         assert np.bincount(np.asarray(labels)[subset]).tolist() == counts
-    assert np.array_equal(finetune.label_subset(labels, 0.1, 7), finetune.label_subset(labels, 0.1, 7))
-    assert not np.array_equal(finetune.label_subset(labels, 0.1, 7), finetune.label_subset(labels, 0.1, 8))
+    assert np.array_equal(images.label_subset(labels, 0.1, 7), images.label_subset(labels, 0.1, 7))
+    assert not np.array_equal(images.label_subset(labels, 0.1, 7), images.label_subset(labels, 0.1, 8))
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_a_fraction_is_the_same_pictures_whatever_the_start(seen, pictures, pret
 def test_a_damaged_picture_does_not_let_in_one_without_a_label(seen, pictures, pretrained, tmp_path):
     """The stand-in of a damaged picture is of the drawn part too: the others' labels are not to be used."""
     data = shutil.copytree(pictures, tmp_path / "data")
-    subset = finetune.label_subset([0] * 12 + [1] * 12, 0.25, seed=0)
+    subset = images.label_subset([0] * 12 + [1] * 12, 0.25, seed=0)
     drawn = {f"{('blue', 'red')[i // 12]}/{i % 12:02}.png" for i in subset.tolist()}
     alone = next(int(i) for i in subset if (i + 1) % 24 not in subset)
     damaged = data / "train" / ("blue", "red")[alone // 12] / f"{alone % 12:02}.png"
@@ -532,10 +532,11 @@ def batch(n=6, side=16):
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_pixels_and_labels_are_mixed_in_the_same_proportion(kind):
-    cfg, (x, y), rng = finetune.Config(**{kind: 0.8}), batch(), np.random.default_rng(0)
+    (x, y), rng = batch(), np.random.default_rng(0)
+    sizes = (0.8, 0.0) if kind == "mixup" else (0.0, 0.8)
     greys, kept = torch.arange(1.0, 7), []
     for _ in range(200):
-        mixed, labels = finetune.mix(x, y, cfg, rng)
+        mixed, labels = images.mix(x, y, *sizes, rng)
         torch.testing.assert_close(labels.sum(1), torch.ones(6))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), labels @ greys)
         assert all(labels[i, i] + labels[i, 5 - i] == pytest.approx(1, abs=1e-6) for i in range(6))
@@ -553,23 +554,23 @@ def test_pixels_and_labels_are_mixed_in_the_same_proportion(kind):
 
 
 def test_mixing_is_deterministic_and_a_coin_chooses_between_the_two():
-    cfg, (x, y) = finetune.Config(mixup=0.8, cutmix=1.0), batch()
-    first, again, other = (finetune.mix(x, y, cfg, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    x, y = batch()
+    first, again, other = (images.mix(x, y, 0.8, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[1], other[1])
     rng = np.random.default_rng(0)
-    smooth = [bool((finetune.mix(x, y, cfg, rng)[0].flatten(1).std(1) < 1e-6).all()) for _ in range(200)]
+    smooth = [bool((images.mix(x, y, 0.8, 1.0, rng)[0].flatten(1).std(1) < 1e-6).all()) for _ in range(200)]
     assert 60 < sum(smooth) < 140
 
 
 def test_no_mixing_is_no_change():
     (x, y), rng = batch(), np.random.default_rng(0)
-    mixed, labels = finetune.mix(x, y, finetune.Config(), rng)
+    mixed, labels = images.mix(x, y, 0.0, 0.0, rng)
     assert torch.equal(mixed, batch()[0]) and torch.equal(labels, batch()[1])
 
 
 def test_erasing_puts_noise_into_one_rectangle_of_each_picture_it_meets():
     blank = torch.full((300, 3, 32, 32), 9.0)
-    erased = finetune.erase(blank.clone(), 1.0, np.random.default_rng(0))
+    erased = images.erase(blank.clone(), 1.0, np.random.default_rng(0))
     areas, aspects = [], []
     for picture in erased:
         hit = (picture != 9).all(0)
@@ -582,23 +583,23 @@ def test_erasing_puts_noise_into_one_rectangle_of_each_picture_it_meets():
     assert 0.2 < min(aspects) < 0.5 and 2 < max(aspects) < 5
     noise = erased[erased != 9]
     assert noise.mean().abs() < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
-    again = finetune.erase(blank.clone(), 1.0, np.random.default_rng(0))
+    again = images.erase(blank.clone(), 1.0, np.random.default_rng(0))
     assert torch.equal(erased, again)
-    assert torch.equal(finetune.erase(blank.clone(), 0.0, np.random.default_rng(0)), blank)
-    some = finetune.erase(blank.clone(), 0.25, np.random.default_rng(0))
+    assert torch.equal(images.erase(blank.clone(), 0.0, np.random.default_rng(0)), blank)
+    some = images.erase(blank.clone(), 0.25, np.random.default_rng(0))
     assert (some != blank).flatten(1).any(1).float().mean().item() == pytest.approx(0.25, abs=0.08)
-    small = finetune.erase(torch.zeros(50, 3, 4, 8), 1.0, np.random.default_rng(0))
+    small = images.erase(torch.zeros(50, 3, 4, 8), 1.0, np.random.default_rng(0))
     assert small.isfinite().all() and small.shape == (50, 3, 4, 8)
 
 
 def test_micro_batches_are_mixed_and_erased_each_in_its_own_way(monkeypatch, pictures, pretrained, tmp_path):
     states = []
 
-    def erase(x, probability, rng, real=finetune.erase):
+    def erase(x, probability, rng, real=images.erase):
         states.append(rng.bit_generator.state["state"]["state"])
         return real(x, probability, rng)
 
-    monkeypatch.setattr(finetune, "erase", erase)
+    monkeypatch.setattr(images, "erase", erase)
     flags = "--mixup 0.8 --erasing 0.5 --micro_batch 4 --steps 3".split()
     done(tune("--data", pictures, "--init", pretrained, *flags, "--out", tmp_path / "run"))
     assert len(states) == 6 == len(set(states))

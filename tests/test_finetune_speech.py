@@ -122,7 +122,7 @@ def tiny(monkeypatch):
 
 def network(path, **options):
     """The recogniser of a fine-tuned file: wave -> logits (T, classes)."""
-    recogniser = finetune.build_speech(finetune.Config(init=str(path), **options))[0].eval()
+    recogniser = finetune.build(finetune.Config(**{"goal": "letters", "init": str(path)} | options))[0].eval()
 
     def listen(wave):
         with torch.no_grad():
@@ -242,14 +242,14 @@ def test_mixed_clips_are_as_long_as_the_longer_and_hold_both_events():
     x = torch.arange(1.0, 5)[:, None] * (torch.arange(9) < samples[:, None])
     kept = []
     for _ in range(300):
-        mixed, lengths, truth = finetune.mix_clips(x, samples, y, 0.7, rng)
+        mixed, lengths, truth = audio.mix(x, samples, y, 0.7, rng)
         torch.testing.assert_close(mixed, truth @ x)
         torch.testing.assert_close(truth.sum(1), torch.ones(4))
         for n, row in zip(lengths.tolist(), truth):
             assert n == samples[row > 0].max() and lengths.max() == 9
         kept += [row[i].item() for i, row in enumerate(truth)]
     assert np.mean(np.array(kept) == 1) == pytest.approx(0.3 + 0.7 / 4, abs=0.05), "0.3 alone, and 1 in 4 is mixed with itself"
-    assert all(torch.equal(a, b) for a, b in zip(finetune.mix_clips(x, samples, y, 0.0, rng), (x, samples, y)))
+    assert all(torch.equal(a, b) for a, b in zip(audio.mix(x, samples, y, 0.0, rng), (x, samples, y)))
 
 
 def test_spans_of_frames_and_channels_are_hidden_in_training_alone(monkeypatch, speech, pretrained, tmp_path):
@@ -290,7 +290,7 @@ def test_a_run_starts_from_the_encoder_asked_for(speech, pretrained, tmp_path, s
 def test_random_weights_train_whole_from_the_first_step(speech, tiny, tmp_path):
     done(tune("--data", speech, *tiny, "--freeze_steps", 9, "--freeze_convs", "--steps", 1, "--out", tmp_path / "run"))
     torch.manual_seed(0)
-    before = finetune.build_speech(finetune.Config(goal="letters", model="tiny"), letters.LETTERS)[0].state_dict()
+    before = finetune.build(finetune.Config(goal="letters", model="tiny"), letters.LETTERS)[0].state_dict()
     after = checkpoint(tmp_path / "run")["student"]
     assert [name for name in after if torch.equal(after[name], before[name])] == []
 
@@ -301,7 +301,7 @@ def test_the_encoder_is_frozen_for_a_while_and_the_convolutions_for_good(speech,
     start, frozen = checkpoint(pretrained.parent)["student"], checkpoint(tmp_path / "run")["student"]
     encoder = [name for name in frozen if name.startswith("encoder.")]
     assert_same({name: frozen[name] for name in encoder}, {name: start[name] for name in encoder})
-    head = finetune.build_speech(seeded(init=str(pretrained), goal="letters"), letters.LETTERS)[0].out
+    head = finetune.build(seeded(init=str(pretrained), goal="letters"), letters.LETTERS)[0].out
     assert not torch.equal(frozen["out.weight"], head.weight) and not torch.equal(frozen["out.bias"], head.bias)
     done(tune("--out", tmp_path / "run", "--resume", "--steps", 4, "--layer_drop", 0))
     after = checkpoint(tmp_path / "run")["student"]
@@ -335,11 +335,11 @@ def test_a_finetuned_file_keeps_its_head_for_the_same_goal_alone(finished, heard
     head = {"out.weight", "out.bias"}
     for goal, kept in (("letters", weights.keys()), ("sounds", weights.keys() - head)):  # 29 sounds, named as the letters
         cfg = finetune.Config(init=str(finished[0] / "best.pt"), goal=goal)
-        recogniser, _, classes = finetune.build_speech(cfg, letters.LETTERS)
+        recogniser, _, classes = finetune.build(cfg, letters.LETTERS)
         assert classes == letters.LETTERS
         assert {name for name, tensor in recogniser.state_dict().items() if torch.equal(tensor, weights[name])} == kept
     cfg = finetune.Config(init=str(heard[0] / "best.pt"), goal="sounds")
-    assert finetune.build_speech(cfg, sorted(CLASSES))[2] == CLASSES, "the file's order: its head's"
+    assert finetune.build(cfg, sorted(CLASSES))[2] == CLASSES, "the file's order: its head's"
 
 
 def test_a_model_of_another_modality_is_one_line(pretrained, speech, tmp_path):

@@ -15,6 +15,7 @@ import common
 import finetune
 import train_text
 from data import text
+from model import SentenceClassifier, text_encoder
 from tests.test_finetune import SCRIPT, assert_same, call, checkpoint, done, refused, results, rows
 
 TINY = """--preset glue_small --steps 6 --global_batch 8 --log_every 2 --probe_every 3 --workers 0 --dropout 0 --attn_dropout 0
@@ -88,8 +89,8 @@ def test_every_layout_has_its_metrics(task, metrics, data, pretrained, tmp_path)
 
 def test_the_head_reads_the_first_token_alone():
     torch.manual_seed(0)
-    encoder = finetune.text_encoder(vocab=50, max_length=16, pad=1, dim=8, depth=1, heads=2, ffn=16)
-    model = finetune.SentenceClassifier(encoder, 3).eval()
+    encoder = text_encoder(vocab=50, max_length=16, pad=1, dim=8, depth=1, heads=2, ffn=16)
+    model = SentenceClassifier(encoder, 3).eval()
     tokens = torch.tensor([[0, 7, 8, 2], [0, 9, 2, 1]])
     x = encoder(tokens)[0][:, 0]
     expected = F.linear(torch.tanh(F.linear(x, model.dense.weight, model.dense.bias)), model.out.weight, model.out.bias)

@@ -8,7 +8,9 @@ file cannot say is asked for by options, whose defaults are the released recipe.
 """
 
 import argparse
+import importlib
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,11 +21,7 @@ if __name__ == "__main__":  # `python tools/convert.py` works as well as `python
 
 import common
 from common import BadInput
-from model import (
-    Classifier, Encoder, Recogniser, SentenceClassifier, Student, convolutions, regression_head, resize_grid, resize_positions,
-    speech_encoder,
-    text_encoder, vision_encoder,
-)  # fmt: skip
+from model import Classifier, Recogniser, SentenceClassifier, resize_grid, resize_positions
 from tools import hub, released
 from tools.released import (  # noqa: F401  (names in use elsewhere)
     POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config,
@@ -76,6 +74,7 @@ def complete(state: dict, path) -> None:
     Parts that other origins lack by design are named in the notes: a mask embedding becomes zeros, the final norm of vision
     the identity; the head of pre-training is left to be new ("fresh").
     """
+    script_of(state["config"])  # imported here: what it makes when it is imported is real
     with torch.device("meta"):
         wanted = build(state).state_dict()
     student, made, state["fresh"] = state["student"], [], []
@@ -119,44 +118,26 @@ def add_vocabulary(state: dict, path, asked: dict) -> None:
 # ---- from a config to a model ------------------------------------------------------------------------------------------------
 
 
-def encoder_of(config: dict, vocab: int = 0) -> Encoder:
-    """The encoder of a checkpoint's config, with random weights and without regularisers; vocab: tokens of a text model."""
-    sizes = {name: config[name] for name in ("dim", "depth", "heads", "ffn")}
-    if "patch" in config:
-        size = config["image_size"], config.get("image_width") or config["image_size"]
-        more = {name: config[name] for name in ("target", "relative", "per_block", "learned_std") if name in config}
-        return vision_encoder(
-            image_size=size,
-            patch=config["patch"],
-            layer_scale=config["layer_scale"],
-            eps=config.get("norm_eps", 1e-6),
-            **sizes,
-            **more,
-        )
-    sizes |= {"eps": config.get("norm_eps", 1e-5), "target": config.get("target", "ffn")}
-    if "channels" in config:
-        return speech_encoder(
-            convs=convolutions(config["channels"], config.get("convs") or []),
-            kernel=max(3, config["pos_width"] // config["pos_depth"]),
-            pos_depth=config["pos_depth"], groups=config["pos_groups"], deep_norm=config.get("deep_norm", False), **sizes,
-        )  # fmt: skip
-    return text_encoder(vocab=vocab, max_length=config["max_tokens"], pad=1, **sizes)
+def script_of(config: dict):
+    """The train_*.py of a config: it knows the defaults of the options, and how they make a model."""
+    name = "train_vision" if "patch" in config else "train_speech" if "channels" in config else "train_text"
+    return importlib.import_module(name)  # late, as these import this file
 
 
 def build(state: dict) -> torch.nn.Module:
-    """The model that a checkpoint is of, with random weights: a Student, or what it was fine-tuned to."""
-    config, student = state["config"], state["student"]
+    """The model that a checkpoint is of, with random weights: the Student of its script, or what it was fine-tuned to."""
+    config, script = state["config"], script_of(state["config"])
+    cfg = script.Config(**{f.name: config[f.name] for f in fields(script.Config) if f.name in config})
+    vocab = (len(state["student"]["encoder.embed.tokens.weight"]),) if "max_tokens" in config else ()
     try:
-        encoder = encoder_of(config, len(student.get("encoder.embed.tokens.weight", ())))
-    except (ValueError, RuntimeError) as error:  # sizes that do not go together
+        student = script.build(cfg, *vocab)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise BadInput(f"the sizes of the checkpoint do not go together: {' '.join(str(error).split())[:200]}") from None
-    if "classes" in state:
-        if "patch" in config:
-            return Classifier(encoder, len(state["classes"]), config.get("pool_cls", False))
-        return (Recogniser if "channels" in config else SentenceClassifier)(encoder, len(state["classes"]))
-    if config.get("objective") == "mlm":
-        return Student(encoder, torch.nn.Linear(config["dim"], len(student["encoder.embed.tokens.weight"])))
-    return Student(encoder, regression_head(config["dim"], config.get("head_layers", 1)))
+    if "classes" not in state:
+        return student
+    if "patch" in config:
+        return Classifier(student.encoder, len(state["classes"]), config.get("pool_cls", False))
+    return (Recogniser if "channels" in config else SentenceClassifier)(student.encoder, len(state["classes"]))
 
 
 def patch_grid(config: dict) -> tuple[int, int]:
