@@ -543,6 +543,8 @@ def test_every_weight_is_accounted_for(tmp_path):
     refused(tmp_path, "encoder.layer.1.adapter.weight")
     safetensors.save_file({name: t for name, t in state.items() if name != "encoder.layer.1.output.dense.bias"}, weights)
     refused(tmp_path, "encoder.blocks.1.fc2.bias")
+    safetensors.save_file({name: t for name, t in state.items() if ".layer.1." not in name}, weights)
+    refused(tmp_path, "2 layers", "of 1")
     safetensors.save_file(state, weights)
     assert any("pooler" in note for note in convert.read(tmp_path)["notes"]), "what is left out is named"
 
@@ -551,6 +553,7 @@ def test_every_weight_is_accounted_for(tmp_path):
     {"model_type": "bert"}, {"model_type": None}, {"hidden_act": "relu"}, {"is_decoder": True}, {"pad_token_id": 0},
     {"num_attention_heads": 5},
     {"num_attention_heads": None},
+    {"hidden_size": "wide"}, {"layer_norm_eps": "small"},
 ], ids=str)  # fmt: skip
 def test_other_kinds_of_models_are_one_line(tmp_path, change):
     folder_of(tmp_path, **change)

@@ -559,6 +559,28 @@ def test_what_is_left_over_or_lacking_is_listed(save, tmp_path, capsys, name, ex
     assert (extra if damage == "extra" else "fc1.bias") in error
 
 
+@pytest.mark.parametrize(
+    "name, key", [("audio_tied", "layers.1.fc1.bias"), ("text_tied", "layers.1.fc1.bias"), ("vision", "blocks.1.mlp.fc1.bias")]
+)
+def test_a_teacher_is_whole_or_refused(save, name, key):
+    file = golden(name)
+    ema = {k: v for k, v in file["ema"].items() if k != key}
+    assert len(ema) == len(file["ema"]) - 1
+    said = argparse.Namespace(**{k: v for k, v in file["config"].items() if isinstance(v, (int, str))})
+    entry = {"audio_tied": "_ema", "text_tied": "encoder._ema"}.get(name)
+    whole = {"model": file["model"] | ({entry: ema} if entry else {}), "args": said} | ({} if entry else {"model_ema": ema})
+    with pytest.raises(BadInput, match="encoder.blocks.1.fc1.bias"):
+        convert.read(save(whole))
+
+
+def test_options_that_are_nonsense_are_one_line(save):
+    file = golden("audio_tied")
+    for said in ({"encoder_layers": 99}, {"encoder_attention_heads": 7}, {"conv_feature_layers": "[(512, 10, 5)] * 10 ** 9"}):
+        with pytest.raises(BadInput) as error:
+            convert.read(save({"model": file["model"], "cfg": {"model": options(file["config"]) | said}}))
+        assert "\n" not in str(error.value)
+
+
 def test_a_head_that_is_new_is_named(save, tmp_path, capsys):
     file = golden("vision")
     model = {k: v for k, v in file["model"].items() if not k.startswith("lm_head") and k != "mask_token"}

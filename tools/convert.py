@@ -47,7 +47,7 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
     if folder.is_dir() and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
         raise BadInput(f"{path}: a folder without weights of the transformers library; of a run give ckpt.pt or best.pt in it")
     if folder.is_dir():
-        new = hub.read(folder, asked)
+        new = foreign(hub.read, folder, asked)
     else:
         file = load(path)
         if not isinstance(file, dict):
@@ -55,8 +55,10 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
         if {"student", "teacher", "config"} <= file.keys():
             for part in ("student", "teacher"):
                 file[part] and tensors(file[part], path, part)  # nothing but tensors
+            if "max_tokens" in file["config"] and "vocabulary" not in file:  # as it was not known where it was converted
+                add_vocabulary(file, path, asked)
             return file
-        new = released.from_released(file, str(path), asked)
+        new = foreign(released.from_released, file, str(path), asked)
         if new is None:
             raise BadInput(
                 f"{path}: neither a checkpoint of ours nor a known released one; it holds {', '.join(map(str, list(file)[:6]))}"
@@ -68,12 +70,24 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
     return new
 
 
+def foreign(reader, *arguments):
+    """Calls a reader of what others wrote: options of other kinds than they should be, or parts missing, are one line too."""
+    try:
+        return reader(*arguments)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        where = next(str(argument) for argument in arguments if isinstance(argument, (str, Path)))
+        reason = " ".join(repr(error).split())[:200]
+        raise BadInput(f"{where}: not as files of its kind are; its options or weights cannot be understood ({reason})") from None
+
+
 def complete(state: dict, path) -> None:
     """Checks that the weights are all that the model has. Raises BadInput that lists the others.
 
     Parts that other origins lack by design are named in the notes: a mask embedding becomes zeros, the final norm of vision
     the identity; the head of pre-training is left to be new ("fresh").
     """
+    if state["config"]["dim"] % state["config"]["heads"]:
+        raise BadInput(f"{path}: a width of {state['config']['dim']} is no multiple of {state['config']['heads']} heads; see --heads")
     script_of(state["config"])  # imported here: what it makes when it is imported is real
     with torch.device("meta"):
         wanted = build(state).state_dict()
@@ -86,7 +100,9 @@ def complete(state: dict, path) -> None:
             state["fresh"] = ["head"]
     check_fit(wanted, student, path, state["fresh"])
     if state["teacher"]:
-        teacher = state["teacher"] = {name: student[name] for name in wanted if name.startswith("encoder.")} | state["teacher"]
+        shared = ("encoder.embed.", "encoder.mask_embedding")  # often not averaged, and then not in the file
+        shared = {name: student[name] for name in wanted if name.startswith(shared) or name.split(".")[1] in made}
+        teacher = state["teacher"] = shared | state["teacher"]
         check_fit({name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}, teacher, path)
     if made:
         state["notes"].append(f"made up, as the file has none: {', '.join(sorted(set(made)))}")
@@ -102,9 +118,8 @@ def add_vocabulary(state: dict, path, asked: dict) -> None:
     there = {part.name for part in beside.iterdir()}
     known = "vocab" in there or {"vocab.json", "encoder.json"} & there and {"merges.txt", "vocab.bpe"} & there
     if not asked.get("vocab") and not known:
-        state["notes"].append(
-            "no vocabulary: put vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt, beside the weights"
-        )
+        note = "no vocabulary: put vocab.json and merges.txt, or encoder.json, vocab.bpe and dict.txt, beside the weights"
+        state["notes"] = [*state.get("notes", []), note]
         return
     vocabulary = text.open_vocabulary(str(asked.get("vocab") or beside))
     rows = len(state["student"]["encoder.embed.tokens.weight"])
@@ -214,7 +229,7 @@ def main():
         notes = []
         common.save(target, state)
     else:
-        notes = hub.write(with_defaults(state), target, args.network)
+        notes = hub.write(state, target, args.network)
     sizes = ("dim", "depth", "heads", "ffn", "patch", "image_size", "max_tokens", "top_k", "target", "norm", "beta")
     parts = [name for name in ("student", "teacher", "classes", "vocabulary") if state.get(name) is not None]
     print(
@@ -224,12 +239,6 @@ def main():
     for note in [*state.get("notes", []), *notes]:
         print(f"  {note}")
     print(f"-> {args.target}")
-
-
-def with_defaults(state: dict) -> dict:
-    """A checkpoint whose config says everything, also what our Configs did not have when it was written."""
-    config = state["config"]
-    return state | {"config": {"norm_eps": 1e-6 if "patch" in config else 1e-5} | config}
 
 
 def lines_of(path: Path) -> list[str]:

@@ -143,7 +143,7 @@ def common_sizes(config: dict, encoder: dict[str, Tensor], eps: float, folder: P
     if "blocks.0.fc1.weight" not in encoder or dim % heads:
         raise BadInput(f"{folder}: no layers in its weights, or a hidden_size that is no multiple of the heads")
     return {
-        "dim": dim, "depth": depth_of(encoder), "heads": choose("heads", heads, asked, heads, folder),
+        "dim": dim, "depth": depth_of(encoder, needed(config, "num_hidden_layers", folder), folder), "heads": choose("heads", heads, asked, heads, folder),
         "ffn": len(encoder["blocks.0.fc1.weight"]), "norm_eps": float(config.get("layer_norm_eps", eps)),
     }  # fmt: skip
 
@@ -348,7 +348,8 @@ def write(state: dict, folder: Path, network: str = "student") -> list[str]:
     kept |= {"task": state["finetune"]["task"]} if state.get("finetune", {}).get("task") else {}
     sizes = {
         "model_type": kind, "hidden_size": arch["dim"], "num_hidden_layers": arch["depth"], "num_attention_heads": arch["heads"],
-        "intermediate_size": arch["ffn"], "hidden_act": "gelu", "layer_norm_eps": arch["norm_eps"], "dtype": "float32",
+        "intermediate_size": arch["ffn"], "hidden_act": "gelu", "dtype": "float32",
+        "layer_norm_eps": arch.get("norm_eps", 1e-6 if "patch" in arch else 1e-5),
     }  # fmt: skip
     config = sizes | config | ({OURS: kept} if kept else {})
     part = folder.with_name(folder.name + ".tmp")

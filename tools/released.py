@@ -116,8 +116,12 @@ def name_of(table: str) -> str:
     return f"blocks.{table.split('.')[2]}.attn.relative_position_bias_table"
 
 
-def depth_of(encoder: dict[str, Tensor]) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")), default=-1)
+def depth_of(encoder: dict[str, Tensor], said=None, path="") -> int:
+    """Number of blocks. Raises BadInput if the file says (an int, or None) that there are others."""
+    depth = 1 + max((int(name.split(".")[1]) for name in encoder if name.startswith("blocks.")), default=-1)
+    if isinstance(said, int) and said != depth:
+        raise BadInput(f"{path}: says that it has {said} layers, but holds weights of {depth}")
+    return depth
 
 
 def under_encoder(encoder: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,12 +164,13 @@ def from_released_speech(
     student = under_encoder(encoder) | rename(model, SPEECH_HEAD)
     if ema is None:
         return {"student": student, "teacher": None}
+    shared = {name: tensor for name, tensor in encoder.items() if not name.startswith("blocks.")}
     if not any(name.startswith("encoder.") for name in ema):  # the Transformer alone was averaged
         ema = {f"encoder.{name}": tensor for name, tensor in ema.items()}
     account(
         ema, [*SPEECH, *POST_NORM, *SPEECH_HEAD], path, "teacher of a released speech checkpoint"
     )  # a head is not averaged by us
-    return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, SPEECH | POST_NORM)))}
+    return {"student": student, "teacher": under_encoder(shared | fuse(rename(ema, SPEECH | POST_NORM)))}
 
 
 def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None = None, path: str = "released checkpoint") -> dict:
@@ -180,11 +185,12 @@ def from_released_text(model: dict[str, Tensor], ema: dict[str, Tensor] | None =
         student = {name: tensor for name, tensor in student.items() if not name.startswith("head.")}
     if ema is None:
         return {"student": student, "teacher": None}
+    shared = {name: tensor for name, tensor in encoder.items() if not name.startswith("blocks.")}
     if not any(name.startswith("encoder.") for name in ema):
         ema = {f"encoder.{name}": tensor for name, tensor in ema.items()}
     ema = {name.replace("sentence_encoder.", ""): tensor for name, tensor in ema.items()}
     account(ema, [*TEXT, *POST_NORM, TEXT_UNUSED], path, "teacher of a released text checkpoint")
-    return {"student": student, "teacher": under_encoder(encoder | fuse(rename(ema, TEXT | POST_NORM)))}
+    return {"student": student, "teacher": under_encoder(shared | fuse(rename(ema, TEXT | POST_NORM)))}
 
 
 # ---- options: what the weights tell, what the file says, what the user says, the released recipe -----------------------------
@@ -300,7 +306,7 @@ def speech_config(encoder: dict[str, Tensor], options: dict, asked: dict, path) 
     position, pos_depth = encoder["embed.positions.0.weight"], count(encoder, "embed.positions.")
     dim = len(encoder["embed.content.proj.weight"])
     return spell_convs([(c, k, s) for (c, _, k), s in zip(convs, strides)]) | {
-        "dim": dim, "depth": depth_of(encoder),
+        "dim": dim, "depth": depth_of(encoder, options.get("encoder_layers"), path),
         "heads": choose("heads", options.get("encoder_attention_heads"), asked, max(1, dim // 64), path),
         "ffn": len(encoder["blocks.0.fc1.weight"]), "pos_depth": pos_depth, "pos_width": position.shape[-1] * pos_depth,
         "pos_groups": dim // position.shape[1], "norm_eps": 1e-5, "deep_norm": False,
@@ -336,7 +342,8 @@ def text_config(encoder: dict[str, Tensor], options: dict, asked: dict, path, pa
         raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
     dim = encoder["embed.tokens.weight"].shape[1]
     return {
-        "max_tokens": len(encoder["embed.positions.weight"]) - pad - 1, "dim": dim, "depth": depth_of(encoder),
+        "max_tokens": len(encoder["embed.positions.weight"]) - pad - 1, "dim": dim,
+        "depth": depth_of(encoder, options.get("encoder_layers"), path),
         "heads": choose("heads", options.get("encoder_attention_heads"), asked, max(1, dim // 64), path),
         "ffn": len(encoder["blocks.0.fc1.weight"]), "norm_eps": 1e-5,
     }  # fmt: skip

@@ -168,8 +168,9 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return load_part(folder / name)
         if (index := folder / f"{name}.index.json").is_file():
-            parts = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if wrong := [part for part in parts if Path(part).name != part]:
+            table = read_json(index).get("weight_map")
+            parts = sorted({str(part) for part in table.values()}) if isinstance(table, dict) else []
+            if wrong := [part for part in parts if Path(part).name != part] or ["nothing"] * (not parts):
                 raise BadInput(f"{index}: {wrong[0]} is no file of its folder")
             return {key: tensor for part in parts for key, tensor in load_part(folder / part).items()}
     raise BadInput(f"{folder}: neither model.safetensors nor pytorch_model.bin in it; give the folder that save_pretrained wrote")
