@@ -298,7 +298,10 @@ def speech_config(encoder: dict[str, Tensor], options: dict, asked: dict, path) 
     if lacking := [name for name in needed if name not in encoder]:
         raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
     convs = [encoder[f"embed.content.convs.{i}.weight"].shape for i in range(count(encoder, "embed.content.convs."))]
-    strides = strides_of(options.get("conv_feature_layers"), len(convs)) or [s for _, _, s in CONVS]
+    layers = options.get("conv_feature_layers")
+    strides = strides_of(layers, len(convs)) if isinstance(layers, str) else [s for _, _, s in CONVS]
+    if strides is None:
+        raise BadInput(f"{path}: its convolutions are said to be {layers[:80]}, and are not")
     if len(strides) != len(convs):
         raise BadInput(
             f"{path}: {len(convs)} convolutions, and their strides are not said; --convs says each as channels,kernel,stride"
@@ -319,10 +322,8 @@ def spell_convs(convs: list[tuple[int, int, int]]) -> dict:
     return {"channels": convs[0][0], "convs": [] if convs == usual else [",".join(map(str, conv)) for conv in convs]}
 
 
-def strides_of(layers, number: int) -> list[int] | None:
-    """From fairseq's text such as "[(512,10,5)] + [(512,3,2)]*4"; only its numbers are read."""
-    if not isinstance(layers, str):
-        return None
+def strides_of(layers: str, number: int) -> list[int] | None:
+    """From fairseq's text such as "[(512,10,5)] + [(512,3,2)]*4", of which only numbers are read; None if they are not as many."""
     strides = []
     for part in layers.split("+"):
         numbers = [int(n) for n in re.findall(r"\d+", part)][:4]
