@@ -87,7 +87,9 @@ def complete(state: dict, path) -> None:
     the identity; the head of pre-training is left to be new ("fresh").
     """
     if state["config"]["dim"] % state["config"]["heads"]:
-        raise BadInput(f"{path}: a width of {state['config']['dim']} is no multiple of {state['config']['heads']} heads; see --heads")
+        raise BadInput(
+            f"{path}: {state['config']['dim']} features are no multiple of {state['config']['heads']} heads; see --heads"
+        )
     script_of(state["config"])  # imported here: what it makes when it is imported is real
     with torch.device("meta"):
         wanted = build(state).state_dict()

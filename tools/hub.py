@@ -143,7 +143,8 @@ def common_sizes(config: dict, encoder: dict[str, Tensor], eps: float, folder: P
     if "blocks.0.fc1.weight" not in encoder or dim % heads:
         raise BadInput(f"{folder}: no layers in its weights, or a hidden_size that is no multiple of the heads")
     return {
-        "dim": dim, "depth": depth_of(encoder, needed(config, "num_hidden_layers", folder), folder), "heads": choose("heads", heads, asked, heads, folder),
+        "dim": dim, "depth": depth_of(encoder, needed(config, "num_hidden_layers", folder), folder),
+        "heads": choose("heads", heads, asked, heads, folder),
         "ffn": len(encoder["blocks.0.fc1.weight"]), "norm_eps": float(config.get("layer_norm_eps", eps)),
     }  # fmt: skip
 

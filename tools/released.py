@@ -298,14 +298,12 @@ def speech_config(encoder: dict[str, Tensor], options: dict, asked: dict, path) 
     if lacking := [name for name in needed if name not in encoder]:
         raise BadInput(f"{path}: its sizes cannot be told without {', '.join(lacking)} (our names)")
     convs = [encoder[f"embed.content.convs.{i}.weight"].shape for i in range(count(encoder, "embed.content.convs."))]
-    layers = options.get("conv_feature_layers")
-    strides = strides_of(layers, len(convs)) if isinstance(layers, str) else [s for _, _, s in CONVS]
+    layers = choose("convs", options.get("conv_feature_layers"), asked, "", path)
+    strides = strides_of(layers, len(convs)) if layers else [s for _, _, s in CONVS]
     if strides is None:
         raise BadInput(f"{path}: its convolutions are said to be {layers[:80]}, and are not")
     if len(strides) != len(convs):
-        raise BadInput(
-            f"{path}: {len(convs)} convolutions, and their strides are not said; --convs says each as channels,kernel,stride"
-        )
+        raise BadInput(f"{path}: {len(convs)} convolutions, and their strides are not said; give them as --convs")
     position, pos_depth = encoder["embed.positions.0.weight"], count(encoder, "embed.positions.")
     dim = len(encoder["embed.content.proj.weight"])
     return spell_convs([(c, k, s) for (c, _, k), s in zip(convs, strides)]) | {
@@ -323,13 +321,13 @@ def spell_convs(convs: list[tuple[int, int, int]]) -> dict:
 
 
 def strides_of(layers: str, number: int) -> list[int] | None:
-    """From fairseq's text such as "[(512,10,5)] + [(512,3,2)]*4", of which only numbers are read; None if they are not as many."""
+    """Of fairseq's text such as "[(512,10,5)] + [(512,3,2)]*4", which is not run; None if it is not of so many layers."""
     strides = []
     for part in layers.split("+"):
-        numbers = [int(n) for n in re.findall(r"\d+", part)][:4]
-        if len(numbers) < 3 or len(numbers) == 4 and numbers[3] > number:
-            return None
-        strides += [numbers[2]] * (numbers[3] if len(numbers) > 3 else 1)
+        times = re.search(r"\*\s*(\d{1,3})\s*$|^\s*(\d{1,3})\s*\*", part)
+        strides += [int(s) for s in re.findall(r"\(\s*\d+\s*,\s*\d+\s*,\s*(\d+)\s*\)", part)] * int(
+            (times[1] or times[2]) if times else 1
+        )
     return strides if len(strides) == number else None
 
 
@@ -471,7 +469,6 @@ def speech_file(file: dict, path: str, asked: dict) -> dict:
         weights = {name.removeprefix(prefix).removeprefix(outer): tensor for name, tensor in weights.items()}
     new, (options, task) = from_released_speech(weights, ema, path), fairseq_options(file)
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in new["student"].items()}
-    options = {"conv_feature_layers": asked.get("convs"), **options}
     new["config"] = speech_config(encoder, options, asked, path)
     if tuned := "out.weight" in new["student"]:
         outputs, sounds = len(new["student"]["out.weight"]), "classification" in str(task.get("_name"))
