@@ -198,7 +198,7 @@ def test_vision_to_theirs(number, tmp_path, caplog):
         "dim": 8 * heads * int(rng.integers(1, 4)),
         "depth": int(rng.integers(1, 5)), "heads": heads, "ffn": int(rng.integers(8, 80)),
         "layer_scale": pick(rng, 0.0, 1e-4, 0.1),
-        "relative": relative, "per_block": relative and bool(rng.random() < 0.5), "learned_std": 0.02 * learned,
+        "relative": relative, "per_block": relative and bool(rng.random() < 0.5), "learned_std": 0.3 * learned,
         "norm_eps": pick(rng, 1e-6, 1e-5),
     }  # fmt: skip
     config |= {"pool_cls": bool(rng.random() < 0.3)} if head else {"top_k": 1, "beta": 0.5, "norm": "instance"}

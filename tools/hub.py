@@ -69,7 +69,7 @@ KINDS = {  # model_type: names of the weights, prefix under a head, recipe of pr
     "data2vec-audio": (AUDIO, "data2vec_audio.", SPEECH_RECIPE, ("share_positions", "window")),
     "data2vec-text": (TEXT, "data2vec_text.", TEXT_RECIPE, ("share_embedding", "window", "objective", "head_layers")),
     "roberta": (TEXT, "roberta.", TEXT_RECIPE, ()),
-    "data2vec-vision": (VISION, "data2vec_vision.", VISION_RECIPE, ("window", "layer_scale")),
+    "data2vec-vision": (VISION, "data2vec_vision.", VISION_RECIPE, ("window", "layer_scale", "learned_std", "init_std")),
     "beit": (VISION, "beit.", VISION_RECIPE, ()),
 }
 LEFT_OUT = r"pooler\..*|lm_head\..*|.*relative_position_index|.*position_ids"  # parts that a model of ours has no use for
@@ -345,7 +345,7 @@ def write(state: dict, folder: Path, network: str = "student") -> list[str]:
         notes.append(f"left out: {', '.join(left)} (of pre-training)")
     if state.get("teacher") and network == "student":
         notes.append("left out: the teacher (--network teacher writes it instead)")
-    kept = {name: arch[name] for name in (*recipe, *more) if name in arch} if not tuned else {}
+    kept = {name: arch[name] for name in (*(() if tuned else recipe), *more) if name in arch}
     kept |= {"task": state["finetune"]["task"]} if state.get("finetune", {}).get("task") else {}
     sizes = {
         "model_type": kind, "hidden_size": arch["dim"], "num_hidden_layers": arch["depth"], "num_attention_heads": arch["heads"],
