@@ -217,8 +217,9 @@ def main():
         state = convert.read(cfg.init)
         if "classes" in state:
             raise BadInput(f"--init {cfg.init}: a fine-tuned classifier; pre-training goes on from a pre-trained checkpoint")
-        if (theirs := state["config"].get("norm_eps", 1e-6)) != cfg.norm_eps:  # the shapes of weights do not tell
-            raise BadInput(f"--init {cfg.init}: was trained with --norm_eps {theirs}; take the same")
+        for name in ("heads", "norm_eps"):  # the shapes of weights do not tell
+            if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
+                raise BadInput(f"--init {cfg.init}: was trained with --{name} {theirs}; take the same")
         grids = convert.patch_grid(state["config"]), grid
         convert.load_into(student, state["student"], cfg.init, *grids)
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
