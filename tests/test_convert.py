@@ -140,19 +140,10 @@ def test_the_other_contents_of_a_released_file_do_no_harm(save, module):
         for name, content in members.items():
             file.writestr(name, re.sub(rb"numpy\._?core\.multiarray", module, content))
     assert_same(convert.read(path)["student"], convert.read(save(released("vision"), "plain.pth"))["student"])
-    assert argparse.Namespace not in torch.serialization.get_safe_globals(), "allowed for this file alone"
 
 
-def test_what_is_allowed_has_the_form_that_every_torch_takes(monkeypatch, save):
-    """Pairs of a function and another name for it came after torch 2.6 was first cut."""
-
-    def safe_globals(allowed, real=torch.serialization.safe_globals):
-        assert all(callable(one) and one.__module__ and one.__qualname__ for one in allowed)
-        return real(allowed)
-
-    monkeypatch.setattr(torch.serialization, "safe_globals", safe_globals)
-    file = convert.load(save({"a": np.float64(2e-3)}))
-    assert file == {"a": 2e-3}
+def test_numpy_numbers_are_read_as_numbers(save):
+    assert convert.load(save({"a": np.float64(2e-3), "b": [np.int64(7)]})) == {"a": 2e-3, "b": [7]}
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import common
 from common import BadInput
 from data import text
 from model import Teacher
-from tools import convert, unpickle
+from tools import convert, embed, unpickle
 from train_speech import Config as SpeechConfig
 from train_text import Config as TextConfig
 from train_vision import Config as VisionConfig
@@ -439,6 +439,18 @@ def test_tables_of_blocks_that_differ_are_each_their_own(save):
     for l in range(len(bias)):
         expected = model[f"blocks.{l}.attn.relative_position_bias_table"][classifier.encoder.embed.index]
         assert torch.equal(bias[l, 0], expected.permute(2, 0, 1))
+
+
+@torch.no_grad()
+def test_embeddings_follow_the_tables_of_each_block(save):
+    """tools.embed goes through the blocks by itself."""
+    file = golden("vision_finetune")
+    model = per_block({"model": file["model"]})
+    model = {name: torch.randn_like(t) if name.endswith("bias_table") else t for name, t in model.items()}
+    path, picture = save({"model": model}, "released.pth"), file["input"]["image"]
+    encoder, *_ = embed.open_encoder(str(path), "student", None)
+    ours = torch.stack(embed.features(encoder, list(picture)))
+    close(ours, load(convert.read(path)).encoder(picture)[0][:, 1:], 1e-5)
 
 
 # ---- nothing runs ------------------------------------------------------------------------------------------------------

@@ -539,7 +539,8 @@ def test_init_with_what_does_not_fit_is_one_line(finished, mute, tmp_path, monke
     for path, *flags in (
         [tmp_path / "vision" / "ckpt.pt"], [tmp_path / "none.pt"], [tmp_path / "other.pt"], [tmp_path / "tuned.pt"],
         [fine, "--dim", 32], [fine, "--depth", 3], [fine, "--channels", 4], [fine, "--pos_width", 25],
-        [fine, "--heads", 4], [fine, "--deep_norm"],
+        [fine, "--heads", 4], [fine, "--deep_norm"], [fine, "--norm_eps", 1e-6],
+        [fine, "--convs", "8,10,5", *["8,3,3"] * 4, *["8,2,2"] * 2],  # other strides, weights of the same shapes
     ):  # fmt: skip
         assert str(path) in refused(train("--data", mute, "--init", path, *flags, "--out", tmp_path / "run"))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
