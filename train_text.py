@@ -52,6 +52,7 @@ class Config:
     probe_every: int = option(1000, "steps between evaluations (explained, masked-token probe); 0: only start and end")
     probe_blocks: int = option(400, "training sequences to fit the probe on")
     eval_blocks: int = option(100, "held-out sequences for explained and the probe")
+    probe_data: str = option("", "folder of a labelled task (GLUE's, or train and dev as .tsv or .csv) for a probe on mean features")
     # model: small values of these make the small presets
     max_tokens: int = option(128, "tokens of a sequence, <s> and </s> included; whole documents are packed into it")
     dim: int = option(128, "width D")
@@ -177,7 +178,7 @@ def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> di
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="text")
     rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
-    accumulation = check(cfg, world)
+    accumulation, mlm = check(cfg, world), cfg.objective == "mlm"
 
     # ---- data: a sample is a function of (seed, epoch, index), whatever the rank or worker
     if rank == 0 and cfg.data:
@@ -185,6 +186,7 @@ def main():
     common.gather(None)
     train, valid, vocabulary = text.open_corpus(cfg.data, show=False) if cfg.data else text.made_corpus()
     train, valid = text.Blocks(train, cfg.max_tokens), text.Blocks(valid, cfg.max_tokens)
+    task = labelled(cfg, vocabulary) if cfg.probe_data and rank == 0 else ()
     if rank == 0:
         print(f"{len(train)} training and {len(valid)} held-out sequences of up to {cfg.max_tokens} tokens, vocabulary of {vocabulary.size}")
 
@@ -239,7 +241,7 @@ def main():
     batches = iter(load(train, cfg.seed, keys))
     if rank == 0:
         held_out, fit = fixed(valid, cfg.eval_blocks), fixed(train, cfg.probe_blocks)
-        begin = begin or evaluate(student, teacher, held_out, fit, cfg, device, autocast)
+        begin = begin or evaluate(student, teacher, held_out, fit, task, cfg, device, autocast)
         print(f"step 0: {show(begin)}")
 
     # ---- the loop
@@ -260,10 +262,10 @@ def main():
             with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
                 # ---- data2vec, in four lines (the mask was drawn with the batch) ----------------------------------
                 with autocast:
-                    y = top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D) from the FULL text
+                    y = tokens if mlm else top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D) of the FULL text
                     f = ddp(corrupted, mask)  # (M, D) from the corrupted text, at the selected tokens
-                if cfg.objective == "mlm":  # the comparison: f are logits of the vocabulary
-                    share = F.cross_entropy(f.float(), tokens[mask], reduction="sum") / positions
+                if mlm:  # the comparison: f are logits of the vocabulary, and the target is the token
+                    share = F.cross_entropy(f.float(), y[mask], reduction="sum") / positions
                 else:
                     share = regression_loss(f, y[mask], cfg.beta, scale=1.0) / positions
                 (share * world).backward()  # DDP takes the mean over processes; this makes it their sum
@@ -279,20 +281,21 @@ def main():
         save_now = step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
         if not (probe_now or save_now or step == 1 or step % cfg.log_every == 0):
             continue
-        meters = torch.stack([loss * world, feature_std(y[mask]), feature_std(f)]) / world
+        meters = torch.stack([loss * world, feature_std(f)] + ([] if mlm else [feature_std(y[mask])])) / world
         if world > 1:
             dist.all_reduce(meters)
         (masked, count), seconds = read_tokens.tolist(), time.time() - mark
-        row = {"step": step} | dict(zip(("loss", "target_std", "pred_std"), meters.tolist())) | {"masked": masked / count}
+        row = {"step": step} | dict(zip(("loss", "pred_std", "target_std"), meters.tolist())) | {"masked": masked / count}
         row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_s": count / seconds}
         row |= {"samples_per_s": (step - mark_step) * cfg.global_batch / seconds, "seconds": time.time() - started}
-        bar.set_postfix_str("loss {loss:.3f}, std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, lr {lr:.1e}, {tokens_per_s:.0f} tokens/s".format(**row))  # fmt: skip
+        stds = "" if mlm else "std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, "
+        bar.set_postfix_str(("loss {loss:.3f}, " + stds + "lr {lr:.1e}, {tokens_per_s:.0f} tokens/s").format(**row))
         if sick := unhealthy(row, cfg):
             bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
             if probe_now:
-                row |= (end := evaluate(student, teacher, held_out, fit, cfg, device, autocast))
+                row |= (end := evaluate(student, teacher, held_out, fit, task, cfg, device, autocast))
                 bar.write(f"step {step}: {show(end)}")
             print(json.dumps(row), file=metrics)
         if save_now:
@@ -306,7 +309,7 @@ def main():
     bar.close()
     if rank == 0:
         if "probe" not in row:  # resumed at its last step
-            row |= evaluate(student, teacher, held_out, fit, cfg, device, autocast)
+            row |= evaluate(student, teacher, held_out, fit, task, cfg, device, autocast)
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         begin = {name: value for name, value in begin.items() if name in row}
         results |= {f"{name}_start": value for name, value in begin.items()} | {f"{name}_end": row[name] for name in begin}
@@ -324,7 +327,7 @@ def unhealthy(row: dict, cfg: Config) -> str:
     if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
         return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
     for name, least in (("target_std", cfg.min_target_std), ("pred_std", cfg.min_pred_std)):
-        if 0 <= cfg.guard_after <= row["step"] and row[name] < least and cfg.objective == "data2vec":
+        if cfg.objective == "data2vec" and 0 <= cfg.guard_after <= row["step"] and row[name] < least:
             return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
     return ""
 
@@ -333,13 +336,31 @@ def show(numbers: dict) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
+def labelled(cfg: Config, vocabulary: text.Vocabulary, most: int = 5000) -> list[list[dict]]:
+    """--probe_data in batches of sentences: at most so many rows to fit the probe on, and of the dev split. Raises BadInput."""
+    folder, sets = Path(cfg.probe_data), []
+    spec, splits = text.open_task(str(folder.parent), folder.name)
+    if not spec.classes:
+        raise BadInput(f"--probe_data {folder}: its labels are scores; the probe tells classes apart, so give a task with classes")
+    for split in ("train", spec.dev[0]):
+        rows, bad = splits[split].rows, splits[split].bad
+        if bad:
+            print(f"{bad[0]}: left out" + (f", with {len(bad) - 1} more rows" if len(bad) > 1 else ""))
+        chosen = np.sort(np.random.default_rng(cfg.seed).permutation(len(rows))[:most])
+        sentences, parts = text.Sentences(rows, vocabulary, cfg.max_tokens), np.array_split(chosen, math.ceil(len(chosen) / 50))
+        sets.append([sentences[[(0, int(i)) for i in part]] for part in parts])
+    return sets
+
+
 @torch.no_grad()
-def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_tokens: int = 200) -> dict[str, float]:
+def evaluate(student, teacher, held_out, fit, task, cfg, device, autocast, common_tokens: int = 200) -> dict[str, float]:
     """How much of the targets the student predicts, and how well frozen features tell which token is hidden.
 
     held_out, fit  batches of corrupted texts with fixed masks: to measure on, and to fit the probe on
+    task           () or what labelled() gave
     returns        explained (data2vec alone), probe and teacher_probe: accuracy of a linear layer that recovers the hidden token
-                   from the features at its place, among the most common ones (the rest is left out)
+                   from the features at its place, among the most common ones (the rest is left out); with a task, task_probe and
+                   teacher_task_probe: accuracy of a linear layer on the mean feature of a sentence
     """
     student.eval()
 
@@ -355,6 +376,14 @@ def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_toke
             x = [encoder(batch["corrupted"].to(device))[0][batch["mask"].to(device)].float() for batch in batches]
         return torch.cat(x), torch.cat([batch["tokens"][batch["mask"]] for batch in batches]).to(device)
 
+    def pooled(encoder, batches):  # (N, D), (N,)
+        x = []
+        for tokens in (batch["tokens"].to(device) for batch in batches):
+            real = (tokens != text.PAD)[..., None]
+            with autocast:
+                x.append((encoder(tokens)[0].float() * real).sum(1) / real.sum(1))
+        return torch.cat(x), torch.cat([batch["labels"] for batch in batches]).long().to(device)
+
     numbers = {} if cfg.objective == "mlm" else {"explained": explained(pairs(), by_position=False)}
     for prefix, encoder in (("", student.encoder), ("teacher_", teacher.encoder)):
         (x, y), (x_test, y_test) = features(encoder, fit), features(encoder, held_out)
@@ -363,6 +392,8 @@ def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_toke
         label[common_ones] = torch.arange(len(common_ones), device=device)
         (x, y), (x_test, y_test) = ((v[label[w] >= 0], label[w][label[w] >= 0]) for v, w in ((x, y), (x_test, y_test)))
         numbers[prefix + "probe"] = linear_probe(x, y, x_test, y_test)
+        if task:
+            numbers[prefix + "task_probe"] = linear_probe(*pooled(encoder, task[0]), *pooled(encoder, task[1]))
     student.train()
     return numbers
 
