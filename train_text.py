@@ -62,6 +62,9 @@ class Config:
     dropout: float = option(0.0, "dropout of the embedding and of both branches of the student")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
     head_layers: int = option(2, "layers of the regression head")
+    token_std: float = option(0.02, "std of the token table at the start; its ratio to position_std is what targets hold of each")
+    position_std: float = option(0.02, "std of the position table at the start; as large as tokens', a short run learns positions alone")
+    weight_std: float = option(0.02, "std of the blocks' matrices at the start; 0: 1 / sqrt(inputs), as small widths want")
     # data2vec
     objective: str = option("data2vec", "or mlm: predict the token itself, BERT's objective, with the same model and masks (the comparison)", ("data2vec", "mlm"))
     mask_p: float = option(0.15, "share of tokens to select (spans: to hide if they never met)")
@@ -133,7 +136,7 @@ def check(cfg: Config, world: int) -> int:
     """Refuses values that cannot work. Returns the number of micro-batches an update."""
     common.check_range(cfg, 1, math.inf, "steps global_batch log_every probe_blocks eval_blocks dim depth heads ffn head_layers mask_span top_k")
     common.check_range(cfg, 8, math.inf, "max_tokens")
-    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every tau_n window beta lr weight_decay clip")
+    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every tau_n window beta lr weight_decay clip token_std position_std weight_std")
     common.check_range(cfg, 0, 1, "tau_0 tau_e warmup decay final_scale")
     common.check_range(cfg, 0, 0.9999, "dropout attn_dropout beta2")
     common.check_range(cfg, 1e-9, 1, "mask_p")
@@ -153,7 +156,8 @@ def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights. finetune.py builds the same encoder from a checkpoint's config."""
     encoder = text_encoder(
         vocab=vocab, max_length=cfg.max_tokens, pad=text.PAD, dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn,
-        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target,
+        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target, token_std=cfg.token_std,
+        position_std=cfg.position_std, weight_std=cfg.weight_std,
     )  # fmt: skip
     return Student(encoder, regression_head(cfg.dim, cfg.head_layers) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
 

@@ -654,7 +654,7 @@ def config(**changes):
         dict(dropout=1.0), dict(attn_dropout=-0.1), dict(tau_0=1.1), dict(tau_e=-0.1), dict(tau_n=-1), dict(beta=-1.0),
         dict(beta2=1.0), dict(weight_decay=-0.1), dict(lr=-1e-3), dict(warmup=1.5), dict(decay=-0.1),
         dict(warmup=0.6, decay=0.6), dict(decay=0.1, final_scale=0.0), dict(final_scale=1.5), dict(clip=-1.0), dict(window=-1),
-        dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(eval_blocks=0), dict(probe_blocks=0),
+        dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(token_std=-1.0), dict(eval_blocks=0), dict(probe_blocks=0),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )  # fmt: skip
@@ -698,6 +698,7 @@ def test_the_big_presets_are_the_papers():
         assert (cfg.clip, cfg.weight_decay, cfg.beta2) == (5, 0.01, 0.98)
         assert (cfg.dropout, cfg.attn_dropout, cfg.tau_0, cfg.tau_e) == (0.1, 0.1, 0.999, 0.9999)
         assert (cfg.guard_after, cfg.min_target_std, cfg.min_pred_std) == (5000, 0.1, 0.01)
+        assert (cfg.token_std, cfg.position_std, cfg.weight_std) == (0.02, 0.02, 0.02)
     assert (base.mask_p, base.mask_span, base.tau_n) == (0.15, 1, 100_000)
     assert (base.lr, base.schedule, base.warmup, base.decay) == (2e-4, "tri_stage", 0.05, 0.15)
     assert (spans.mask_p, spans.mask_span, spans.tau_n) == (0.35, 4, 300_000)
@@ -713,6 +714,17 @@ def test_the_model_is_that_of_the_options():
     for block in student.encoder.blocks:
         assert (block.dropout.p, block.attn.dropout, block.ffn_dropout.p, block.target) == (0.1, 0.1, 0, "ffn")
     assert [tuple(p.shape) for p in student.head.parameters()] == [(1536, 768), (1536,), (768, 1536), (768,)]
+
+
+@pytest.mark.parametrize("weight_std, ffn_std", [(0.05, 0.05), (0.0, 256**-0.5)])
+def test_tables_and_matrices_start_at_the_std_that_is_asked_for(weight_std, ffn_std):
+    torch.manual_seed(0)
+    cfg = config(dim=64, ffn=256, max_tokens=128, token_std=1.0, position_std=0.1, weight_std=weight_std)
+    encoder = train_text.build(cfg, 400).encoder
+    for table, std in (encoder.embed.tokens, 1.0), (encoder.embed.positions, 0.1), (encoder.blocks[1].fc2, ffn_std):
+        assert table.weight.std().item() == pytest.approx(std, rel=0.05)
+    for table in encoder.embed.tokens, encoder.embed.positions:
+        assert not table.weight[text.PAD].any()
 
 
 def test_tri_stage_warms_up_holds_and_decays_exponentially():
