@@ -26,7 +26,7 @@ from common import BadInput, option
 from data import text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher, regression_head, text_encoder
-from targets import explained, feature_std, linear_probe, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, linear_probe, position_share, regression_loss, tau_at, top_k_average
 from tools import convert
 
 
@@ -362,9 +362,10 @@ def evaluate(student, teacher, held_out, fit, task, cfg, device, autocast, commo
 
     held_out, fit  batches of corrupted texts with fixed masks: to measure on, and to fit the probe on
     task           () or what labelled() gave
-    returns        explained (data2vec alone), probe and teacher_probe: accuracy of a linear layer that recovers the hidden token
-                   from the features at its place, among the most common ones (the rest is left out); with a task, task_probe and
-                   teacher_task_probe: accuracy of a linear layer on the mean feature of a sentence
+    returns        data2vec alone: explained, and position_share, what of the targets their place explains (where that is most of
+                   them, explained means little); probe and teacher_probe: accuracy of a linear layer that recovers the hidden
+                   token from the features at its place, among the most common ones (the rest is left out); with a task,
+                   task_probe and teacher_task_probe: accuracy of a linear layer on the mean feature of a sentence
     """
     student.eval()
 
@@ -374,6 +375,12 @@ def evaluate(student, teacher, held_out, fit, task, cfg, device, autocast, commo
             with autocast:
                 f, y = student(corrupted, mask), top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)
             yield f, y, mask
+
+    def targets():
+        for tokens in (batch["tokens"].to(device) for batch in held_out):
+            with autocast:
+                y = top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)
+            yield y, tokens != text.PAD
 
     def features(encoder, batches):  # at the selected tokens, (N, D), and which these are, (N,)
         with autocast:
@@ -388,7 +395,9 @@ def evaluate(student, teacher, held_out, fit, task, cfg, device, autocast, commo
                 x.append((encoder(tokens)[0].float() * real).sum(1) / real.sum(1))
         return torch.cat(x), torch.cat([batch["labels"] for batch in batches]).long().to(device)
 
-    numbers = {} if cfg.objective == "mlm" else {"explained": explained(pairs(), by_position=False)}
+    numbers = {}
+    if cfg.objective == "data2vec":
+        numbers = {"explained": explained(pairs(), by_position=False), "position_share": position_share(targets(), cfg.max_tokens)}
     for prefix, encoder in (("", student.encoder), ("teacher_", teacher.encoder)):
         (x, y), (x_test, y_test) = features(encoder, fit), features(encoder, held_out)
         label = torch.full((int(max(y.max(), y_test.max())) + 1,), -1, device=device)

@@ -198,7 +198,7 @@ def test_metrics_hold_one_line_a_log_step_and_probes_where_asked(finished):
 
 def test_results_hold_the_numbers_of_the_contract(finished):
     numbers = results(finished[0])
-    both = [f"{name}_{when}" for name in ("explained", "probe", "teacher_probe") for when in ("start", "end")]
+    both = [f"{name}_{when}" for name in ("explained", "position_share", "probe", "teacher_probe") for when in ("start", "end")]
     assert numbers.keys() == {"seconds", "peak_memory_gb", "final_loss", *both}
     assert all(0 <= numbers[name] <= 1 for name in numbers if "probe" in name) and numbers["explained_end"] <= 1
     assert numbers["final_loss"] == rows(finished[0])[-1]["loss"]
