@@ -26,7 +26,7 @@ from common import BadInput, option
 from data import text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher, regression_head, text_encoder
-from targets import explained, feature_std, linear_probe, position_share, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, linear_probe, position_share, regression_loss, show, tau_at, top_k_average, unhealthy
 from tools import convert
 
 
@@ -295,7 +295,7 @@ def main():
         row |= {"samples_per_s": (step - mark_step) * cfg.global_batch / seconds, "seconds": time.time() - started}
         stds = "" if mlm else "std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, "
         bar.set_postfix_str(("loss {loss:.3f}, " + stds + "lr {lr:.1e}, {tokens_per_s:.0f} tokens/s").format(**row))
-        if sick := unhealthy(row, cfg):
+        if sick := unhealthy(row, -1 if mlm else cfg.guard_after, cfg.min_target_std, cfg.min_pred_std):
             bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
@@ -325,20 +325,6 @@ def main():
 
 
 # ---- does it learn? -----------------------------------------------------------------------------------------------
-
-
-def unhealthy(row: dict, cfg: Config) -> str:
-    """One line if the run has diverged or collapsed, with what to try; else an empty string."""
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
-    for name, least in (("target_std", cfg.min_target_std), ("pred_std", cfg.min_pred_std)):
-        if cfg.objective == "data2vec" and 0 <= cfg.guard_after <= row["step"] and row[name] < least:
-            return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
-    return ""
-
-
-def show(numbers: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
 def labelled(cfg: Config, vocabulary: text.Vocabulary, most: int = 5000) -> list[list[dict]]:
