@@ -418,9 +418,13 @@ class TokenEmbed(nn.Module):
 
 def text_encoder(
     *, vocab: int, max_length: int, pad: int, dim: int, depth: int, heads: int, ffn: int, dropout: float = 0.0,
-    attn_dropout: float = 0.0, ffn_dropout: float = 0.0, target: str = "ffn", eps: float = 1e-5,
+    attn_dropout: float = 0.0, ffn_dropout: float = 0.0, target: str = "ffn", token_std: float = 0.02,
+    position_std: float = 0.02, weight_std: float = 0.02, eps: float = 1e-5,
 ) -> Encoder:  # fmt: skip
-    """RoBERTa's encoder (paper section 4.3; Liu et al. 2019): post-norm, LayerNorm eps 1e-5; <mask> is a token of the input."""
+    """RoBERTa's encoder (paper section 4.3; Liu et al. 2019): post-norm, LayerNorm eps 1e-5; <mask> is a token of the input.
+
+    token_std, position_std, weight_std  of the normal initial values: both tables, and the blocks' matrices (0: 1 / sqrt(inputs))
+    """
     embed = TokenEmbed(vocab, max_length, pad, dim, dropout, eps)
     blocks = [
         Block(
@@ -430,18 +434,18 @@ def text_encoder(
         for _ in range(depth)
     ]  # fmt: skip
     encoder = Encoder(embed, blocks, nn.Identity(), dim, hide=False)
-    for table in (embed.tokens, embed.positions):
-        nn.init.normal_(table.weight, std=0.02)
+    for table, std in (embed.tokens, token_std), (embed.positions, position_std):
+        nn.init.normal_(table.weight, std=std)
         table.weight.data[pad] = 0
-    init_post_norm(encoder)
+    init_post_norm(encoder, std=weight_std)
     return encoder
 
 
-def init_post_norm(encoder: Encoder, gain: float | None = None) -> None:
-    """BERT's normal(0.02) for all matrices of the blocks; with a gain DeepNorm's: Xavier, query and key at gain 1."""
+def init_post_norm(encoder: Encoder, gain: float | None = None, std: float = 0.02) -> None:
+    """BERT's normal(std) for all matrices of the blocks, std 0: 1 / sqrt(inputs); with a gain DeepNorm's: Xavier, query and key at 1."""
     for block in encoder.blocks:
         for linear in (block.attn.qkv, block.attn.out, block.fc1, block.fc2):
-            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.normal_(linear.weight, std=std or linear.in_features**-0.5)
             if gain is not None:
                 nn.init.xavier_normal_(linear.weight, gain)
             if linear.bias is not None:

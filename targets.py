@@ -200,3 +200,25 @@ def fit_ctc(x: list[Tensor], letters: list[list[int]], classes: int, steps: int 
         optimizer.step()
     weight, bias = weight.detach(), bias.detach()
     return lambda u: ((u - mean) / std @ weight + bias).log_softmax(-1)
+
+
+def position_share(batches: Iterable[tuple[Tensor, Tensor]], places: int) -> float:
+    """Share of the targets' variance that their place alone explains: near 1, they say where a token stands and nothing else.
+
+    1 - variance about the mean of each position / variance about the mean of all, without bias (adjusted R squared).
+
+    batches      of (y (B, T, D), real (B, T) bool, False at padding), T may differ; one pass, sums in float64
+    places       the largest T
+    returns      at most 1; about 0 for targets that do not know their place; nan when they do not vary
+    """
+    count = total = squares = 0.0
+    for y, real in batches:
+        beyond = places - y.shape[1]
+        y = F.pad(y.double() * real[..., None], (0, 0, 0, beyond))
+        count = count + F.pad(real.double(), (0, beyond)).sum(0)[:, None]  # (places, 1)
+        total = total + y.sum(0)  # (places, D)
+        squares += y.square().sum().item()
+    n, used = count.sum().item(), (count > 0).sum().item()
+    within = squares - (total.square() / count.clamp_min(1)).sum().item()
+    spread = squares - total.sum(0).square().sum().item() / n
+    return 1 - within / (n - used) * (n - 1) / spread if n > used and spread > 1e-12 * squares else math.nan

@@ -26,7 +26,7 @@ from common import BadInput, option
 from data import text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher, regression_head, text_encoder
-from targets import explained, feature_std, linear_probe, regression_loss, tau_at, top_k_average
+from targets import explained, feature_std, linear_probe, position_share, regression_loss, show, tau_at, top_k_average, unhealthy
 from tools import convert
 
 
@@ -52,6 +52,7 @@ class Config:
     probe_every: int = option(1000, "steps between evaluations (explained, masked-token probe); 0: only start and end")
     probe_blocks: int = option(400, "training sequences to fit the probe on")
     eval_blocks: int = option(100, "held-out sequences for explained and the probe")
+    probe_data: str = option("", "folder of a labelled task (GLUE's, or train and dev as .tsv or .csv) for a probe on mean features")
     # model: small values of these make the small presets
     max_tokens: int = option(128, "tokens of a sequence, <s> and </s> included; whole documents are packed into it")
     dim: int = option(128, "width D")
@@ -62,6 +63,9 @@ class Config:
     dropout: float = option(0.0, "dropout of the embedding and of both branches of the student")
     attn_dropout: float = option(0.0, "dropout on the student's attention weights")
     head_layers: int = option(2, "layers of the regression head")
+    token_std: float = option(0.02, "std of the token table at the start; its ratio to position_std is what targets hold of each")
+    position_std: float = option(0.02, "std of the position table at the start; as large as tokens', a short run learns positions alone")
+    weight_std: float = option(0.02, "std of the blocks' matrices at the start; 0: 1 / sqrt(inputs), as small widths want")
     # data2vec
     objective: str = option("data2vec", "or mlm: predict the token itself, BERT's objective, with the same model and masks (the comparison)", ("data2vec", "mlm"))
     mask_p: float = option(0.15, "share of tokens to select (spans: to hide if they never met)")
@@ -98,8 +102,9 @@ BASE = dict(
 PRESETS = {
     # python train_text.py: 2 CPU cores, see README for seconds and numbers
     "smoke": dict(
-        steps=500, global_batch=16, workers=0, probe_every=0, depth=3, top_k=3, guard_after=200,
-        tau_0=0.99, tau_e=0.999, tau_n=300, lr=1e-3, warmup=0.1, decay=0.3, beta2=0.99, clip=3.0,
+        steps=400, workers=0, probe_every=0, probe_blocks=1600, eval_blocks=400, max_tokens=32, depth=3, top_k=3, guard_after=200,
+        token_std=1.0, position_std=0.4, weight_std=0.0, share_embedding=False,
+        tau_0=0.99, tau_e=0.999, tau_n=300, lr=2e-3, warmup=0.1, decay=0.3, beta2=0.99, clip=3.0,
     ),
     # python train_text.py --preset corpus --data DIR: 10 to 100 MB of text, 2 CPU cores or one GPU, see README
     "corpus": dict(
@@ -133,7 +138,7 @@ def check(cfg: Config, world: int) -> int:
     """Refuses values that cannot work. Returns the number of micro-batches an update."""
     common.check_range(cfg, 1, math.inf, "steps global_batch log_every probe_blocks eval_blocks dim depth heads ffn head_layers mask_span top_k")
     common.check_range(cfg, 8, math.inf, "max_tokens")
-    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every tau_n window beta lr weight_decay clip")
+    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every tau_n window beta lr weight_decay clip token_std position_std weight_std")
     common.check_range(cfg, 0, 1, "tau_0 tau_e warmup decay final_scale")
     common.check_range(cfg, 0, 0.9999, "dropout attn_dropout beta2")
     common.check_range(cfg, 1e-9, 1, "mask_p")
@@ -153,7 +158,8 @@ def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights. finetune.py builds the same encoder from a checkpoint's config."""
     encoder = text_encoder(
         vocab=vocab, max_length=cfg.max_tokens, pad=text.PAD, dim=cfg.dim, depth=cfg.depth, heads=cfg.heads, ffn=cfg.ffn,
-        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target, eps=cfg.norm_eps,
+        dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target, token_std=cfg.token_std,
+        position_std=cfg.position_std, weight_std=cfg.weight_std, eps=cfg.norm_eps,
     )  # fmt: skip
     return Student(encoder, regression_head(cfg.dim, cfg.head_layers) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
 
@@ -178,7 +184,7 @@ def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> di
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="text")
     rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
-    accumulation = check(cfg, world)
+    accumulation, mlm = check(cfg, world), cfg.objective == "mlm"
 
     # ---- data: a sample is a function of (seed, epoch, index), whatever the rank or worker
     if rank == 0 and cfg.data:
@@ -186,6 +192,7 @@ def main():
     common.gather(None)
     train, valid, vocabulary = text.open_corpus(cfg.data, show=False) if cfg.data else text.made_corpus()
     train, valid = text.Blocks(train, cfg.max_tokens), text.Blocks(valid, cfg.max_tokens)
+    task = labelled(cfg, vocabulary) if cfg.probe_data and rank == 0 else ()
     if rank == 0:
         print(f"{len(train)} training and {len(valid)} held-out sequences of up to {cfg.max_tokens} tokens, vocabulary of {vocabulary.size}")
 
@@ -240,7 +247,7 @@ def main():
     batches = iter(load(train, cfg.seed, keys))
     if rank == 0:
         held_out, fit = fixed(valid, cfg.eval_blocks), fixed(train, cfg.probe_blocks)
-        begin = begin or evaluate(student, teacher, held_out, fit, cfg, device, autocast)
+        begin = begin or evaluate(student, teacher, held_out, fit, task, cfg, device, autocast)
         print(f"step 0: {show(begin)}")
 
     # ---- the loop
@@ -261,10 +268,10 @@ def main():
             with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
                 # ---- data2vec, in four lines (the mask was drawn with the batch) ----------------------------------
                 with autocast:
-                    y = top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D) from the FULL text
+                    y = tokens if mlm else top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D) of the FULL text
                     f = ddp(corrupted, mask)  # (M, D) from the corrupted text, at the selected tokens
-                if cfg.objective == "mlm":  # the comparison: f are logits of the vocabulary
-                    share = F.cross_entropy(f.float(), tokens[mask], reduction="sum") / positions
+                if mlm:  # the comparison: f are logits of the vocabulary, and the target is the token
+                    share = F.cross_entropy(f.float(), y[mask], reduction="sum") / positions
                 else:
                     share = regression_loss(f, y[mask], cfg.beta, scale=1.0) / positions
                 (share * world).backward()  # DDP takes the mean over processes; this makes it their sum
@@ -280,20 +287,21 @@ def main():
         save_now = step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
         if not (probe_now or save_now or step == 1 or step % cfg.log_every == 0):
             continue
-        meters = torch.stack([loss * world, feature_std(y[mask]), feature_std(f)]) / world
+        meters = torch.stack([loss * world, feature_std(f)] + ([] if mlm else [feature_std(y[mask])])) / world
         if world > 1:
             dist.all_reduce(meters)
         (masked, count), seconds = read_tokens.tolist(), time.time() - mark
-        row = {"step": step} | dict(zip(("loss", "target_std", "pred_std"), meters.tolist())) | {"masked": masked / count}
+        row = {"step": step} | dict(zip(("loss", "pred_std", "target_std"), meters.tolist())) | {"masked": masked / count}
         row |= {"tau": tau, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_s": count / seconds}
         row |= {"samples_per_s": (step - mark_step) * cfg.global_batch / seconds, "seconds": time.time() - started}
-        bar.set_postfix_str("loss {loss:.3f}, std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, lr {lr:.1e}, {tokens_per_s:.0f} tokens/s".format(**row))  # fmt: skip
-        if sick := unhealthy(row, cfg):
+        stds = "" if mlm else "std y {target_std:.2f} f {pred_std:.2f}, tau {tau:.4f}, "
+        bar.set_postfix_str(("loss {loss:.3f}, " + stds + "lr {lr:.1e}, {tokens_per_s:.0f} tokens/s").format(**row))
+        if sick := unhealthy(row, -1 if mlm else cfg.guard_after, cfg.min_target_std, cfg.min_pred_std):
             bar.close()
             raise SystemExit(f"step {step}: {sick}" if rank == 0 else 1)
         if rank == 0:
             if probe_now:
-                row |= (end := evaluate(student, teacher, held_out, fit, cfg, device, autocast))
+                row |= (end := evaluate(student, teacher, held_out, fit, task, cfg, device, autocast))
                 bar.write(f"step {step}: {show(end)}")
             print(json.dumps(row), file=metrics)
         if save_now:
@@ -307,7 +315,7 @@ def main():
     bar.close()
     if rank == 0:
         if "probe" not in row:  # resumed at its last step
-            row |= evaluate(student, teacher, held_out, fit, cfg, device, autocast)
+            row |= evaluate(student, teacher, held_out, fit, task, cfg, device, autocast)
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         begin = {name: value for name, value in begin.items() if name in row}
         results |= {f"{name}_start": value for name, value in begin.items()} | {f"{name}_end": row[name] for name in begin}
@@ -320,27 +328,32 @@ def main():
 # ---- does it learn? -----------------------------------------------------------------------------------------------
 
 
-def unhealthy(row: dict, cfg: Config) -> str:
-    """One line if the run has diverged or collapsed, with what to try; else an empty string."""
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        return "the loss is not finite; try a smaller --lr, a longer --warmup or --dtype float32, and --resume"
-    for name, least in (("target_std", cfg.min_target_std), ("pred_std", cfg.min_pred_std)):
-        if 0 <= cfg.guard_after <= row["step"] and row[name] < least and cfg.objective == "data2vec":
-            return f"collapsed, {name} {row[name]:.3f} < {least}; try a smaller --lr, a longer --warmup, a larger --tau_0, --norm layer or instance; --guard_after -1 goes on regardless"  # fmt: skip
-    return ""
-
-
-def show(numbers: dict) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+def labelled(cfg: Config, vocabulary: text.Vocabulary, most: int = 5000) -> list[list[dict]]:
+    """--probe_data in batches of sentences: at most so many rows to fit the probe on, and of the dev split. Raises BadInput."""
+    folder, sets = Path(cfg.probe_data), []
+    spec, splits = text.open_task(str(folder.parent), folder.name)
+    if not spec.classes:
+        raise BadInput(f"--probe_data {folder}: its labels are scores; the probe tells classes apart, so give a task with classes")
+    for split in ("train", spec.dev[0]):
+        rows, bad = splits[split].rows, splits[split].bad
+        if bad:
+            print(f"{bad[0]}: left out" + (f", with {len(bad) - 1} more rows" if len(bad) > 1 else ""))
+        chosen = np.sort(np.random.default_rng(cfg.seed).permutation(len(rows))[:most])
+        sentences, parts = text.Sentences(rows, vocabulary, cfg.max_tokens), np.array_split(chosen, math.ceil(len(chosen) / 50))
+        sets.append([sentences[[(0, int(i)) for i in part]] for part in parts])
+    return sets
 
 
 @torch.no_grad()
-def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_tokens: int = 200) -> dict[str, float]:
+def evaluate(student, teacher, held_out, fit, task, cfg, device, autocast, common_tokens: int = 200) -> dict[str, float]:
     """How much of the targets the student predicts, and how well frozen features tell which token is hidden.
 
     held_out, fit  batches of corrupted texts with fixed masks: to measure on, and to fit the probe on
-    returns        explained (data2vec alone), probe and teacher_probe: accuracy of a linear layer that recovers the hidden token
-                   from the features at its place, among the most common ones (the rest is left out)
+    task           () or what labelled() gave
+    returns        data2vec alone: explained, and position_share, what of the targets their place explains (where that is most of
+                   them, explained means little); probe and teacher_probe: accuracy of a linear layer that recovers the hidden
+                   token from the features at its place, among the most common ones (the rest is left out); with a task,
+                   task_probe and teacher_task_probe: accuracy of a linear layer on the mean feature of a sentence
     """
     student.eval()
 
@@ -351,12 +364,28 @@ def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_toke
                 f, y = student(corrupted, mask), top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)
             yield f, y, mask
 
+    def targets():
+        for tokens in (batch["tokens"].to(device) for batch in held_out):
+            with autocast:
+                y = top_k_average(teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm)
+            yield y, tokens != text.PAD
+
     def features(encoder, batches):  # at the selected tokens, (N, D), and which these are, (N,)
         with autocast:
             x = [encoder(batch["corrupted"].to(device))[0][batch["mask"].to(device)].float() for batch in batches]
         return torch.cat(x), torch.cat([batch["tokens"][batch["mask"]] for batch in batches]).to(device)
 
-    numbers = {} if cfg.objective == "mlm" else {"explained": explained(pairs(), by_position=False)}
+    def pooled(encoder, batches):  # (N, D), (N,)
+        x = []
+        for tokens in (batch["tokens"].to(device) for batch in batches):
+            real = (tokens != text.PAD)[..., None]
+            with autocast:
+                x.append((encoder(tokens)[0].float() * real).sum(1) / real.sum(1))
+        return torch.cat(x), torch.cat([batch["labels"] for batch in batches]).long().to(device)
+
+    numbers = {}
+    if cfg.objective == "data2vec":
+        numbers = {"explained": explained(pairs(), by_position=False), "position_share": position_share(targets(), cfg.max_tokens)}
     for prefix, encoder in (("", student.encoder), ("teacher_", teacher.encoder)):
         (x, y), (x_test, y_test) = features(encoder, fit), features(encoder, held_out)
         label = torch.full((int(max(y.max(), y_test.max())) + 1,), -1, device=device)
@@ -364,6 +393,8 @@ def evaluate(student, teacher, held_out, fit, cfg, device, autocast, common_toke
         label[common_ones] = torch.arange(len(common_ones), device=device)
         (x, y), (x_test, y_test) = ((v[label[w] >= 0], label[w][label[w] >= 0]) for v, w in ((x, y), (x_test, y_test)))
         numbers[prefix + "probe"] = linear_probe(x, y, x_test, y_test)
+        if task:
+            numbers[prefix + "task_probe"] = linear_probe(*pooled(encoder, task[0]), *pooled(encoder, task[1]))
     student.train()
     return numbers
 

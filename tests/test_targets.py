@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from targets import (
-    average_precision, explained, feature_std, fit_ctc, instance_norm, layer_norm, regression_loss, tau_at, top_k_average,
+    average_precision, explained, feature_std, fit_ctc, instance_norm, layer_norm, position_share, regression_loss, tau_at,
+    top_k_average,
 )  # fmt: skip
 
 NORMS = ("layer", "instance", "none")
@@ -289,3 +290,19 @@ def test_the_ctc_probe_survives_a_dead_feature_and_a_transcript_longer_than_its_
     x = [torch.cat([u, torch.full((len(u), 1), 3.0)], 1) for u in x]
     probe = fit_ctc([*x, x[0][:2]], [*said, [1, 2, 3, 4]], 5)
     assert [heard(probe(u)) for u in x] == said
+
+
+def test_the_positions_share_is_known_where_targets_are_made_of_both():
+    """y = a code of the place + noise of thrice its variance, in texts of different lengths: a quarter, without bias."""
+    torch.manual_seed(0)
+    code, parts = torch.randn(20, 64), []
+    for rows, length in ((6, 20), (5, 13)):
+        real = torch.arange(length) < torch.randint(length // 2, length + 1, (rows, 1))
+        parts.append((code[:length] + 3**0.5 * torch.randn(rows, length, 64) + 5, real))
+    assert position_share(iter(parts), places=24) == pytest.approx(0.25, abs=0.05)
+    parts = [(torch.where(real[..., None], y, torch.nan).nan_to_num(1e3), real) for y, real in parts]
+    assert position_share(parts, places=24) == pytest.approx(0.25, abs=0.05), "padding does not count"
+    assert position_share([(code[None].expand(3, -1, -1), torch.ones(3, 20, dtype=bool))], 20) == pytest.approx(1)
+    noise = [(torch.randn(4, 20, 64), torch.ones(4, 20, dtype=bool))]
+    assert abs(position_share(noise, 20)) < 0.05, "the mean of 4 explains a quarter of the noise it was fitted on"
+    assert math.isnan(position_share([(torch.ones(4, 20, 8), torch.ones(4, 20, dtype=bool))], 20))

@@ -22,7 +22,7 @@ import train_vision
 from data import text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher
-from targets import top_k_average
+from targets import linear_probe, top_k_average
 
 SCRIPT = Path(train_text.__file__)
 TINY = """--dim 16 --depth 2 --heads 2 --ffn 32 --max_tokens 32 --top_k 2 --probe_blocks 20 --eval_blocks 10 --global_batch 8
@@ -198,11 +198,38 @@ def test_metrics_hold_one_line_a_log_step_and_probes_where_asked(finished):
 
 def test_results_hold_the_numbers_of_the_contract(finished):
     numbers = results(finished[0])
-    both = [f"{name}_{when}" for name in ("explained", "probe", "teacher_probe") for when in ("start", "end")]
+    both = [f"{name}_{when}" for name in ("explained", "position_share", "probe", "teacher_probe") for when in ("start", "end")]
     assert numbers.keys() == {"seconds", "peak_memory_gb", "final_loss", *both}
     assert all(0 <= numbers[name] <= 1 for name in numbers if "probe" in name) and numbers["explained_end"] <= 1
     assert numbers["final_loss"] == rows(finished[0])[-1]["loss"]
     assert numbers["seconds"] > 0 and 0.05 < numbers["peak_memory_gb"] < 8
+
+
+def test_a_labelled_task_is_probed_on_mean_features_without_padding(library, tmp_path):
+    """Sentences of two sorts of words, of different lengths: an untrained network's mean feature tells them apart."""
+    rng, words = random.Random(0), (SYLLABLES[:12], SYLLABLES[12:])
+    (home := tmp_path / "sorts").mkdir()
+    for split, count in ("train", 120), ("dev", 60):
+        lines = [f"{' '.join(rng.choices(words[i % 2], k=rng.randint(2, 12)))}\t{'ab'[i % 2]}" for i in range(count)]
+        (home / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]) + ("one column\n" if split == "dev" else ""))
+    said = done(train("--data", library, "--out", tmp_path / "run", "--probe_data", home, "--probe_every", 2))
+    assert f"{home}/dev.tsv line 62: 1 columns instead of 2: left out" in said
+    numbers, names = results(tmp_path / "run"), ("task_probe", "teacher_task_probe")
+    assert all(0.8 < numbers[f"{name}_{when}"] <= 1 for name in names for when in ("start", "end"))
+    assert [row["step"] for row in rows(tmp_path / "run") if set(names) <= row.keys()] == [2, 4]
+
+    student, _ = rebuilt(checkpoint(tmp_path / "run"))
+    vocabulary, parts = text.open_corpus(str(library))[2], text.open_task(str(tmp_path), "sorts")[1]
+    with torch.no_grad():  # a sentence at a time, so that none is padded
+        mean = lambda row: student.encoder(torch.tensor([text.sentence_ids(vocabulary, row[0], max_tokens=32)]))[0][0].mean(0)  # noqa: E731
+        x, x_test = (torch.stack([mean(row) for row in parts[split].rows]) for split in ("train", "dev"))
+    y, y_test = (torch.tensor([row[2] for row in parts[split].rows]) for split in ("train", "dev"))
+    assert numbers["task_probe_end"] == pytest.approx(linear_probe(x, y, x_test, y_test), abs=0.02)
+
+    for split in ("train", "dev"):
+        (home / f"{split}.tsv").write_text("sentence\tlabel\nba ce\t0.5\ndi fo\t1.5\n")
+    assert "scores" in refused(train("--data", library, "--out", tmp_path / "no", "--probe_data", home))
+    assert not (tmp_path / "no").exists(), "refused before the run's folder is made"
 
 
 def test_the_checkpoint_holds_all_of_the_state_as_plain_data(finished):
@@ -372,10 +399,18 @@ def test_masked_language_modelling_learns_a_toy_corpus(library, tmp_path):
     flags = "--objective mlm --steps 60 --lr 1e-2 --log_every 5 --beta2 0.98 --guard_after 1 --min_pred_std 100".split()
     done(train("--data", library, "--out", tmp_path / "run", *flags))
     losses, numbers = [row["loss"] for row in rows(tmp_path / "run")], results(tmp_path / "run")
+    assert all("pred_std" in row and "target_std" not in row for row in rows(tmp_path / "run"))
     assert losses[0] == pytest.approx(math.log(400), rel=0.1), "the entropy of knowing nothing"
     assert losses[-1] < losses[0] - 0.5
     assert {"probe_start", "probe_end", "teacher_probe_end"} <= numbers.keys() and "explained_end" not in numbers
     assert checkpoint(tmp_path / "run")["student"]["head.weight"].shape == (400, 16)
+
+
+def test_masked_language_modelling_never_runs_the_teacher_which_only_averages(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "forward", lambda *_: pytest.fail("the teacher ran"))
+    done(train("--data", library, "--out", tmp_path / "run", "--objective", "mlm"))
+    state = checkpoint(tmp_path / "run")
+    assert not torch.equal(state["teacher"]["encoder.blocks.0.fc1.weight"], state["student"]["encoder.blocks.0.fc1.weight"])
 
 
 def test_the_loss_of_masked_language_modelling_is_a_mean_over_all_selected_tokens(library, tmp_path):
@@ -619,7 +654,7 @@ def config(**changes):
         dict(dropout=1.0), dict(attn_dropout=-0.1), dict(tau_0=1.1), dict(tau_e=-0.1), dict(tau_n=-1), dict(beta=-1.0),
         dict(beta2=1.0), dict(weight_decay=-0.1), dict(lr=-1e-3), dict(warmup=1.5), dict(decay=-0.1),
         dict(warmup=0.6, decay=0.6), dict(decay=0.1, final_scale=0.0), dict(final_scale=1.5), dict(clip=-1.0), dict(window=-1),
-        dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(eval_blocks=0), dict(probe_blocks=0),
+        dict(log_every=0), dict(save_every=-1), dict(probe_every=-1), dict(token_std=-1.0), dict(eval_blocks=0), dict(probe_blocks=0),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )  # fmt: skip
@@ -663,6 +698,7 @@ def test_the_big_presets_are_the_papers():
         assert (cfg.clip, cfg.weight_decay, cfg.beta2) == (5, 0.01, 0.98)
         assert (cfg.dropout, cfg.attn_dropout, cfg.tau_0, cfg.tau_e) == (0.1, 0.1, 0.999, 0.9999)
         assert (cfg.guard_after, cfg.min_target_std, cfg.min_pred_std) == (5000, 0.1, 0.01)
+        assert (cfg.token_std, cfg.position_std, cfg.weight_std) == (0.02, 0.02, 0.02)
     assert (base.mask_p, base.mask_span, base.tau_n) == (0.15, 1, 100_000)
     assert (base.lr, base.schedule, base.warmup, base.decay) == (2e-4, "tri_stage", 0.05, 0.15)
     assert (spans.mask_p, spans.mask_span, spans.tau_n) == (0.35, 4, 300_000)
@@ -678,6 +714,17 @@ def test_the_model_is_that_of_the_options():
     for block in student.encoder.blocks:
         assert (block.dropout.p, block.attn.dropout, block.ffn_dropout.p, block.target) == (0.1, 0.1, 0, "ffn")
     assert [tuple(p.shape) for p in student.head.parameters()] == [(1536, 768), (1536,), (768, 1536), (768,)]
+
+
+@pytest.mark.parametrize("weight_std, ffn_std", [(0.05, 0.05), (0.0, 256**-0.5)])
+def test_tables_and_matrices_start_at_the_std_that_is_asked_for(weight_std, ffn_std):
+    torch.manual_seed(0)
+    cfg = config(dim=64, ffn=256, max_tokens=128, token_std=1.0, position_std=0.1, weight_std=weight_std)
+    encoder = train_text.build(cfg, 400).encoder
+    for table, std in (encoder.embed.tokens, 1.0), (encoder.embed.positions, 0.1), (encoder.blocks[1].fc2, ffn_std):
+        assert table.weight.std().item() == pytest.approx(std, rel=0.05)
+    for table in encoder.embed.tokens, encoder.embed.positions:
+        assert not table.weight[text.PAD].any()
 
 
 def test_tri_stage_warms_up_holds_and_decays_exponentially():
