@@ -222,6 +222,8 @@ def main():
         about = convert.read(cfg.init) if cfg.init != "none" else {}
         if "classes" not in about:
             raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so it can name nothing; fine-tune it first, then give best.pt")
+        if about.get("goal", "images") not in KINDS:
+            raise BadInput(f"--init {cfg.init}: fine-tuned for {about['goal']}, whose mean over time is not taken here; fine-tune it anew")
         cfg = replace(cfg, goal=about.get("goal", "images"), task=cfg.task or about.get("finetune", {}).get("task", ""))
     if cfg.goal == "sentences":
         cfg = replace(cfg, steps=cfg.steps or 1, global_batch=cfg.global_batch or 1) if cfg.predict else paper_values(cfg)
@@ -403,7 +405,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Modul
     if cfg.init != "none":
         state = convert.read(cfg.init)
         if mark not in state | state["config"]:
-            lacking = ", or one without its vocabulary" if kind == "text" else ""
+            lacking = ", or one without its vocabulary (put vocab.json and merges.txt beside it)" if kind == "text" else ""
             raise BadInput(f"--init {cfg.init}: not a model of {kind}{lacking}; --preset {cfg.preset} is for {cfg.goal}")
     elif cfg.goal == "sentences":
         raise BadInput("--init none: a text model needs a vocabulary; give a checkpoint, and --init_from random for random weights")
@@ -413,6 +415,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Modul
         state = {"config": script.PRESETS[cfg.model]}
     arch = asdict(script.Config())
     arch |= {name: value for name, value in state["config"].items() if name in arch}
+    pool_cls = "classes" in state and state["config"].get("pool_cls", False)  # how a fine-tuned model of other origin may look
     grids = [convert.patch_grid(arch)] if kind == "images" else []
     if cfg.image_size and kind == "images":
         if cfg.image_size % arch["patch"]:
@@ -431,7 +434,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Modul
     own = {name: getattr(cfg, name) for name in ("drop_path", "layer_drop", "dropout", "attn_dropout", "ffn_dropout")}
     wanted = script.Config(**arch | {name: value for name, value in own.items() if name in arch})
     if kind == "images":
-        model = Classifier(script.build(wanted).encoder, len(classes))
+        model = Classifier(script.build(wanted).encoder, len(classes), pool_cls)
     elif kind == "recordings":
         model = Recogniser(script.build(wanted).encoder, len(classes), cfg.head_dropout)
     else:
@@ -447,7 +450,7 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Modul
             weights = {name: value for name, value in weights.items() if name.startswith("encoder.") and name not in left}
             weights |= {name: value for name, value in fresh.items() if not name.startswith("encoder.")}
         convert.load_into(model, weights, cfg.init, *grids)
-    return model, state | {"config": arch}, classes
+    return model, state | {"config": arch | ({"pool_cls": True} if pool_cls else {})}, classes
 
 
 # ---- sentences: the paper's values, the sweep -----------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def main():
         state = convert.read(source)
         if "classes" in state:
             raise BadInput(f"{source}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
-        convert.load_into(student, state["student"], source)
+        convert.load_into(student, state["student"], source, fresh=state.get("fresh", ()))
         for name in ("heads", "convs", "deep_norm", "norm_eps"):  # the shapes of weights do not tell
             if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
                 raise BadInput(f"{source}: was trained with --{name} {theirs}; take the same")

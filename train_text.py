@@ -170,14 +170,14 @@ def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> di
     if "classes" in state:
         raise BadInput(f"{path}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
     if "vocabulary" not in state:
-        raise BadInput(f"{path}: not a checkpoint of train_text.py, it has no vocabulary")
+        raise BadInput(f"{path}: not a model of text, or one without its vocabulary; put vocab.json and merges.txt beside it")
     theirs = text.Vocabulary.parse(state["vocabulary"])
     if (theirs.size, [*theirs.pieces.items()]) != (vocabulary.size, [*vocabulary.pieces.items()]):
         raise BadInput(f"{path}: has another vocabulary, of {theirs.size}; prepare the text with it: data.text prepare --vocab {Path(path).parent}/vocab")  # fmt: skip
     for name in ("objective", "max_tokens", "dim", "depth", "heads", "ffn", "head_layers", "norm_eps"):
         if (their_value := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
             raise BadInput(f"{path}: was trained with --{name} {their_value}; take the same")
-    convert.load_into(student, state["student"], path)
+    convert.load_into(student, state["student"], path, fresh=state.get("fresh", ()))
     return state
 
 

@@ -221,7 +221,7 @@ def main():
             if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
                 raise BadInput(f"--init {cfg.init}: was trained with --{name} {theirs}; take the same")
         grids = convert.patch_grid(state["config"]), grid
-        convert.load_into(student, state["student"], cfg.init, *grids)
+        convert.load_into(student, state["student"], cfg.init, *grids, fresh=state.get("fresh", ()))
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
         if cfg.init_teacher == "teacher" and state["teacher"]:
             convert.load_into(teacher, state["teacher"], cfg.init, *grids)
