@@ -49,7 +49,6 @@ def option(default, help: str, choices: tuple | None = None):
         if not math.isfinite(number := float(text)) or kind is int and number != int(number):  # 1e5 is an int too
             raise ValueError
         return int(text) if kind is int and text.isdigit() else kind(number)
-
     read.__name__ = kind.__name__  # argparse names it in its message
     flag = {"type": read, "choices": choices} | {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
     return field(default_factory=lambda: kind(default), metadata={"help": help, "kind": kind, "flag": flag})
@@ -68,8 +67,9 @@ def parse(config_class, presets: dict[str, dict], about: str, family: str):
     stored = Path(given.setdefault("out", f"runs/{family}-{preset}"), "config.json")
     if given.get("resume") and stored.exists():
         try:
-            old = {f.name: f.metadata["kind"](json.loads(stored.read_text())[f.name]) for f in fields(config_class)}
-        except (ValueError, TypeError, KeyError) as error:
+            known = vars(config_class()) | json.loads(stored.read_text())  # an option that is newer than the run: its default
+            old = {f.name: f.metadata["kind"](known[f.name]) for f in fields(config_class)}
+        except (ValueError, TypeError) as error:
             raise BadInput(f"{stored}: damaged or of another version ({error!r}); mend it or start anew") from None
         presets, preset = presets | {old["preset"]: old}, given.get("preset", old["preset"])
     config = config_class(**{"preset": preset} | presets[preset] | {k: v for k, v in given.items() if k != "help"})
