@@ -1,5 +1,6 @@
 """Every command of the README is run: here with a few steps and small data, or by the test that is named beside it."""
 
+import argparse
 import glob
 import re
 import runpy
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from data import audio
+from tests.test_released import options as released_options
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -47,7 +50,7 @@ EXTRA = [  # the first pattern that matches a command says what is added to make
     (r"finetune.py .*--(eval_only|predict)", "--workers 0"),
     (r"finetune.py .*--sweep", f"{TUNE} --global_batch 4 --seeds 1"),
     (r"finetune.py --preset glue", f"{TUNE} --global_batch 4"),
-    (r"finetune.py --preset (digits|speech_smoke|100h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
+    (r"finetune.py --preset (digits|speech_smoke|10h|100h|audioset)", f"{TUNE} --max_seconds 10 --max_samples 160000 --global_batch 10"),
     (r"finetune.py", f"{TINY} --global_batch 8 --micro_batch 0"),
     (r"-m (tools|data)\.", ""),
 ]
@@ -100,6 +103,9 @@ def newcomer(tmp_path_factory):
         soundfile.write(home / "SOUNDS" / f"{i}.flac", wave, audio.RATE)
         with open(home / "SOUNDS" / ("valid.csv" if i < 3 else "train.csv"), "a") as file:
             file.write(f"{i}.flac,{('bark', 'rain', 'bark;siren')[i % 3]}\n")
+    file = torch.load(ROOT / "tests/golden/audio_tied.pt", weights_only=True)
+    about = argparse.Namespace(arch="data2vec_audio", **released_options(file["config"]))
+    torch.save({"model": file["model"] | {"_ema": file["ema"]}, "args": about}, home / "audio_base_ls.pt")
     return home
 
 
