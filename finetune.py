@@ -36,7 +36,7 @@ import train_speech
 import train_text
 import train_vision
 from common import BadInput, option
-from data import audio, images, labels, letters, text
+from data import audio, glue, images, labels, letters, text
 from model import Classifier, Recogniser, SentenceClassifier, linear_softmax
 from tools import convert
 
@@ -459,12 +459,12 @@ def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Modul
 def paper_values(cfg: Config) -> Config:
     """Steps and batch of a GLUE task where the options say 0 (SPEC section 5; Liu et al. 2019); of one of yours, 10 epochs."""
     if not cfg.task:
-        raise BadInput(f"--task: which one? {', '.join(text.TASKS)}, or a folder of yours in --data")
-    name = {known.lower(): known for known in text.TASKS}.get(cfg.task.lower(), cfg.task)
-    steps, batch = text.RECIPES.get(name, (0, 32))
+        raise BadInput(f"--task: which one? {', '.join(glue.TASKS)}, or a folder of yours in --data")
+    name = {known.lower(): known for known in glue.TASKS}.get(cfg.task.lower(), cfg.task)
+    steps, batch = glue.RECIPES.get(name, (0, 32))
     cfg = replace(cfg, task=name, global_batch=cfg.global_batch or batch, steps=cfg.steps or steps)
     if not cfg.steps:
-        rows = len(text.open_task(cfg.data, name)[1]["train"].rows)
+        rows = len(glue.open_task(cfg.data, name)[1]["train"].rows)
         cfg = replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
     return cfg
 
@@ -486,7 +486,7 @@ def sweep(cfg: Config, place) -> None:
                 train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), place)
             common.gather(None)  # rank 0 writes the results
             runs.append(json.loads((out / "results.json").read_text()))
-        metrics = [key for key in runs[0] if key.startswith(tuple(text.METRICS))]
+        metrics = [key for key in runs[0] if key.startswith(tuple(glue.METRICS))]
         table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
     if place[0] == 0:
         best = max(table, key=lambda name: table[name][metrics[0]][0])
@@ -513,7 +513,7 @@ def predict(cfg: Config, place) -> None:
             return images.normalise(images.to_tensor(picture)[None].to(device))
         if cfg.goal == "sentences":  # a pair is two sentences with a tab between them
             vocabulary = text.Vocabulary.parse(state["vocabulary"])
-            ids = text.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])
+            ids = glue.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])
             return torch.tensor([ids], device=device)
         return torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import BadInput, option
-from data import text
+from data import glue, text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher, regression_head, text_encoder
 from targets import explained, feature_std, linear_probe, position_share, regression_loss, show, tau_at, top_k_average, unhealthy
@@ -331,7 +331,7 @@ def main():
 def labelled(cfg: Config, vocabulary: text.Vocabulary, most: int = 5000) -> list[list[dict]]:
     """--probe_data in batches of sentences: at most so many rows to fit the probe on, and of the dev split. Raises BadInput."""
     folder, sets = Path(cfg.probe_data), []
-    spec, splits = text.open_task(str(folder.parent), folder.name)
+    spec, splits = glue.open_task(str(folder.parent), folder.name)
     if not spec.classes:
         raise BadInput(f"--probe_data {folder}: its labels are scores; the probe tells classes apart, so give a task with classes")
     for split in ("train", spec.dev[0]):
@@ -339,7 +339,7 @@ def labelled(cfg: Config, vocabulary: text.Vocabulary, most: int = 5000) -> list
         if bad:
             print(f"{bad[0]}: left out" + (f", with {len(bad) - 1} more rows" if len(bad) > 1 else ""))
         chosen = np.sort(np.random.default_rng(cfg.seed).permutation(len(rows))[:most])
-        sentences, parts = text.Sentences(rows, vocabulary, cfg.max_tokens), np.array_split(chosen, math.ceil(len(chosen) / 50))
+        sentences, parts = glue.Sentences(rows, vocabulary, cfg.max_tokens), np.array_split(chosen, math.ceil(len(chosen) / 50))
         sets.append([sentences[[(0, int(i)) for i in part]] for part in parts])
     return sets
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import common
 from common import BadInput
-from data import audio, images, letters, text
+from data import audio, glue, images, letters, text
 from masking import span_mask
 from model import Recogniser, linear_softmax
 from targets import average_precision
@@ -243,12 +243,12 @@ def sounds_task(cfg, build, place, accumulation, bad) -> Task:
 def sentences_task(cfg, build, place, accumulation, bad) -> Task:
     """A task's own metrics on its dev splits: accuracy, F1, Matthews, Pearson, Spearman (section 5.3)."""
     rank, world, device, autocast = place
-    spec, parts = text.open_task(cfg.data, cfg.task)
+    spec, parts = glue.open_task(cfg.data, cfg.task)
     bad |= {line for part in parts.values() for line in part.bad}
     classifier, state, classes = build(list(spec.classes) or ["score"])
     classifier.to(device)
     vocabulary, longest = text.Vocabulary.parse(state["vocabulary"]), state["config"]["max_tokens"]
-    held_out = {split: text.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
+    held_out = {split: glue.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
     train = held_out.pop("train").part(images.label_subset([0] * len(parts["train"].rows), cfg.label_fraction, cfg.seed))
 
     def load(sentences, keys):
@@ -284,7 +284,7 @@ def sentences_task(cfg, build, place, accumulation, bad) -> Task:
             everywhere = {i: pair for part in common.gather(found) for i, pair in part.items()}
             guess, truth = (np.array(column) for column in zip(*(everywhere[i] for i in sorted(everywhere))))
             end = "" if split in ("dev", "dev_matched") else "_" + split.removeprefix("dev_")
-            scores |= {name + end: text.METRICS[name](guess, truth) for name in spec.metrics}
+            scores |= {name + end: glue.METRICS[name](guess, truth) for name in spec.metrics}
         classifier.train()
         return scores
 

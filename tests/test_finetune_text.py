@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import common
 import finetune
 import train_text
-from data import text
+from data import glue, text
 from model import SentenceClassifier, text_encoder
 from tests.test_finetune import SCRIPT, assert_same, call, checkpoint, done, refused, results, rows
 
@@ -83,7 +83,7 @@ def test_an_easy_task_is_learned_and_results_say_so(finished):
 def test_every_layout_has_its_metrics(task, metrics, data, pretrained, tmp_path):
     done(tune("--task", task, "--data", data, "--init", pretrained, "--out", tmp_path / "run"))
     found = results(tmp_path / "run")
-    assert {name for name in found if name.split("_")[0] in text.METRICS} == metrics
+    assert {name for name in found if name.split("_")[0] in glue.METRICS} == metrics
     assert all(-1 <= found[name] <= 1 for name in metrics)
 
 
@@ -178,7 +178,7 @@ def test_a_pair_is_predicted_with_a_tab_and_a_score_is_a_number(data, pretrained
 
 def test_the_papers_steps_and_batches_stand_behind_zeros(data):
     cfg = replace(finetune.Config(**finetune.PRESETS["glue"]), data=str(data))
-    ours = {task: finetune.paper_values(replace(cfg, task=task)) for task in text.TASKS}
+    ours = {task: finetune.paper_values(replace(cfg, task=task)) for task in glue.TASKS}
     assert {task: c.steps for task, c in ours.items()} == {
         "CoLA": 5336, "MNLI": 123_873, "MRPC": 2296, "QNLI": 33_112, "QQP": 113_272, "RTE": 2036, "SST-2": 20_935, "STS-B": 3598,
     }  # fmt: skip

@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 
 import common  # noqa: E402
 from common import BadInput  # noqa: E402
-from data import audio, images, letters, text  # noqa: E402
+from data import audio, glue, images, letters, text  # noqa: E402
 from model import resize_grid, resize_positions  # noqa: E402
 from tools import convert, hub  # noqa: E402
 
@@ -499,8 +499,8 @@ def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     hub.write(state, tmp_path / "hub")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub", local_files_only=True)
     for sentence in sentences[:3]:
-        assert tokenizer(sentence)["input_ids"] == text.sentence_ids(vocabulary, sentence), sentence
-    assert tokenizer(*sentences[:2])["input_ids"] == text.sentence_ids(vocabulary, *sentences[:2])
+        assert tokenizer(sentence)["input_ids"] == glue.sentence_ids(vocabulary, sentence), sentence
+    assert tokenizer(*sentences[:2])["input_ids"] == glue.sentence_ids(vocabulary, *sentences[:2])
     assert (
         tokenizer.mask_token_id == vocabulary.mask
         and tokenizer.pad_token_id == vocabulary.pad

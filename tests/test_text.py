@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import BadInput
+from data import glue as G
 from data import text as T
 from masking import bert_mask
 
@@ -717,30 +718,30 @@ def write_task(root, name, split="train", *rows, end="\n"):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name, tmp_path):
-    assert list(T.TASKS) == list(dict.fromkeys(T.TASKS)) and set(T.TASKS) == set(LAYOUTS)
-    for split in ("train", *T.TASKS[name].dev):
+    assert list(G.TASKS) == list(dict.fromkeys(G.TASKS)) and set(G.TASKS) == set(LAYOUTS)
+    for split in ("train", *G.TASKS[name].dev):
         write_task(tmp_path, name, split, end="\r\n" if name == "MRPC" else "\n")
-    task, splits = T.open_task(tmp_path, name.lower())
-    assert set(splits) == {"train", *task.dev} and task == T.TASKS[name] and set(task.metrics) <= set(T.METRICS)
+    task, splits = G.open_task(tmp_path, name.lower())
+    assert set(splits) == {"train", *task.dev} and task == G.TASKS[name] and set(task.metrics) <= set(G.METRICS)
     for examples in splits.values():
         assert examples.rows == [LAYOUTS[name][2]] and examples.lines == [1 if name == "CoLA" else 2] and examples.bad == []
     (tmp_path / name / "train.tsv").unlink()
     with pytest.raises(BadInput, match="train.tsv: no such file"):
-        T.open_task(tmp_path, name)
+        G.open_task(tmp_path, name)
 
 
 def test_bad_rows_are_named(tmp_path):
     good = LAYOUTS["QQP"][1]
     wrong = [*good[:5], "2"], good[:4], ["a"], [*good[:5], ""], [*good[:4], " ", "1"], [*good, "x"]
     write_task(tmp_path, "QQP", "train", *wrong, good)
-    found = T.read_task(tmp_path, "QQP", "train")
+    found = G.read_task(tmp_path, "QQP", "train")
     path = tmp_path / "QQP" / "train.tsv"
     assert len(found.rows) == 2 and found.lines == [2, 9]
     assert found.bad == [f"{path} line {3 + i}: {reason}" for i, reason in enumerate((
         "label '2' is none of 0, 1", "4 columns instead of 6", "1 columns instead of 6", "no label", "an empty sentence",
         "7 columns instead of 6"))]
     write_task(tmp_path, "STS-B", "train", [*LAYOUTS["STS-B"][1][:9], "high"], [*LAYOUTS["STS-B"][1][:9], "nan"])
-    reasons = [line.rpartition(": ")[2] for line in T.read_task(tmp_path, "STS-B", "train").bad]
+    reasons = [line.rpartition(": ")[2] for line in G.read_task(tmp_path, "STS-B", "train").bad]
     assert reasons == ["label 'high' is no number", "label 'nan' is no number"]
     (tmp_path / "RTE").mkdir()
     for content, message in (("", "empty; there"), ("\n\n", "empty; there"), ("index\tsentence1\tsentence2\n", "no column label"),
@@ -749,13 +750,13 @@ def test_bad_rows_are_named(tmp_path):
                              ("sentence1\tsentence2\tlabel\na\tb\t\xe9".encode("latin1"), "byte 30: not UTF-8")):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(BadInput, match=message):
-            T.read_task(tmp_path, "RTE", "dev")
+            G.read_task(tmp_path, "RTE", "dev")
 
 
 def test_test_splits_have_no_labels(tmp_path):
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA" / "test.tsv").write_text("index\tsentence\n0\tBill ran.\n")
-    assert T.read_task(tmp_path, "CoLA", "test").rows == [("Bill ran.", None, None)]
+    assert G.read_task(tmp_path, "CoLA", "test").rows == [("Bill ran.", None, None)]
 
 
 def test_tasks_of_ones_own(tmp_path):
@@ -763,50 +764,50 @@ def test_tasks_of_ones_own(tmp_path):
     mine.mkdir()
     (mine / "train.csv").write_text('label,sentence\npos,"good, very\ngood"\nneg,bad\npos,""\nneutral,"said ""so"""\n')
     (mine / "dev.csv").write_text("sentence,label\nfine,pos\nodd,strange\n")
-    task, splits = T.open_task(tmp_path, "mine")
+    task, splits = G.open_task(tmp_path, "mine")
     assert task.classes == ("neg", "neutral", "pos") and task.metrics == ("accuracy",)
     assert splits["train"].rows == [("good, very\ngood", None, 2), ("bad", None, 0), ('said "so"', None, 1)]
     assert splits["train"].lines == [2, 4, 6] and splits["train"].bad == [f"{mine / 'train.csv'} line 5: an empty sentence"]
     assert splits["dev"].rows == [("fine", None, 2)] and len(splits["dev"].bad) == 1
-    assert T.open_task(mine, "anything")[1]["train"].rows == splits["train"].rows         # the files in the folder itself
+    assert G.open_task(mine, "anything")[1]["train"].rows == splits["train"].rows         # the files in the folder itself
     (mine / "train.csv").write_text('label,sentence\npos,"never closed\n')
     with pytest.raises(BadInput, match="train.csv line 2: not CSV"):
-        T.open_task(tmp_path, "mine")
+        G.open_task(tmp_path, "mine")
     scores = tmp_path / "scores"
     scores.mkdir()
     for split in ("train", "dev"):
         (scores / f"{split}.tsv").write_text('sentence1\tsentence2\tlabel\n"a\tb\t2\nc\td\t1.5\n')
-    task, splits = T.open_task(tmp_path, "scores")
+    task, splits = G.open_task(tmp_path, "scores")
     assert task.classes == () and task.metrics == ("pearson", "spearman")
     assert splits["dev"].rows == [('"a', "b", 2.0), ("c", "d", 1.5)]
     for split in ("train", "dev"):
         (scores / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(f"s\t{i}\n" for i in (10, 9, 0)))
-    assert T.open_task(tmp_path, "scores")[0].classes == ("0", "9", "10")
+    assert G.open_task(tmp_path, "scores")[0].classes == ("0", "9", "10")
     for content, message in (("sentence\tclass\na\tb\n", "its columns are sentence, class"),
                              ("sentence\tlabel\na\t1\n", "1 different labels")):
         (scores / "train.tsv").write_text(content)
         with pytest.raises(BadInput, match=message):
-            T.open_task(tmp_path, "scores")
+            G.open_task(tmp_path, "scores")
 
 
 def test_sentences_become_ids(vocabulary):
     a, b = vocabulary.encode("the cat sat"), vocabulary.encode("on banana mat")
-    assert T.sentence_ids(vocabulary, "the cat sat") == [0, *a, 2]
-    assert T.sentence_ids(vocabulary, "the cat sat", "on banana mat") == [0, *a, 2, 2, *b, 2]
-    assert T.sentence_ids(vocabulary, "the cat sat", max_tokens=4) == [0, *a[:2], 2]
+    assert G.sentence_ids(vocabulary, "the cat sat") == [0, *a, 2]
+    assert G.sentence_ids(vocabulary, "the cat sat", "on banana mat") == [0, *a, 2, 2, *b, 2]
+    assert G.sentence_ids(vocabulary, "the cat sat", max_tokens=4) == [0, *a[:2], 2]
     long = vocabulary.encode("on banana mat " * 9)
-    cut = T.sentence_ids(vocabulary, "the cat sat", "on banana mat " * 9, max_tokens=2 * len(a) + 3)
+    cut = G.sentence_ids(vocabulary, "the cat sat", "on banana mat " * 9, max_tokens=2 * len(a) + 3)
     assert cut == [0, *a, 2, 2, *long[:len(a) - 1], 2]                                    # the longer one is cut
 
 
 def test_real_glue(shared):
     folder = shared / "text" / "glue"
     for name, counts in (("SST-2", (6917, 3608, 872, 444)), ("CoLA", (8533, 6008, 1043, 719))):
-        _, splits = T.open_task(folder, name)
+        _, splits = G.open_task(folder, name)
         found = [n for split in ("train", "dev") for n in (len(splits[split].rows), sum(row[2] for row in splits[split].rows))]
         assert found == list(counts) and not any(splits[split].bad for split in splits)
         assert splits["train"].lines == list(range(1 + (name == "SST-2"), len(splits["train"].rows) + 1 + (name == "SST-2")))
-    assert len(T.read_task(folder, "SST-2", "test").rows) == 1821
+    assert len(G.read_task(folder, "SST-2", "test").rows) == 1821
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -822,32 +823,32 @@ def test_metrics_are_their_formulas(seed):
     rng = np.random.default_rng(seed)
     p, t = rng.integers(2, size=50).tolist(), rng.integers(2, size=50).tolist()
     tp, fp, fn, tn = (sum((x, y) == pair for x, y in zip(p, t)) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    assert T.accuracy(p, t) == pytest.approx((tp + tn) / 50)
-    assert T.f1(p, t) == pytest.approx(2 / ((tp + fp) / tp + (tp + fn) / tp))
-    assert T.matthews(p, t) == pytest.approx((tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5)
+    assert G.accuracy(p, t) == pytest.approx((tp + tn) / 50)
+    assert G.f1(p, t) == pytest.approx(2 / ((tp + fp) / tp + (tp + fn) / tp))
+    assert G.matthews(p, t) == pytest.approx((tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5)
     a, b = rng.integers(6, size=40).tolist(), rng.normal(size=40).round(1).tolist()
-    assert T.pearson(a, b) == pytest.approx(naive_pearson(a, b))
+    assert G.pearson(a, b) == pytest.approx(naive_pearson(a, b))
     ra, rb = ([sum(y < x for y in v) + (sum(y == x for y in v) + 1) / 2 for x in v] for v in (a, b))
-    assert T.ranks(a).tolist() == ra
-    assert T.spearman(a, b) == pytest.approx(naive_pearson(ra, rb))
+    assert G.ranks(a).tolist() == ra
+    assert G.spearman(a, b) == pytest.approx(naive_pearson(ra, rb))
 
 
 def test_metrics_against_libraries():
     stats, metrics = pytest.importorskip("scipy.stats"), pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     p, t, a, b = rng.integers(2, size=99), rng.integers(2, size=99), rng.integers(9, size=99), rng.normal(size=99)
-    assert T.f1(p, t) == pytest.approx(metrics.f1_score(t, p))
-    assert T.matthews(p, t) == pytest.approx(metrics.matthews_corrcoef(t, p))
-    assert T.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
-    assert T.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+    assert G.f1(p, t) == pytest.approx(metrics.f1_score(t, p))
+    assert G.matthews(p, t) == pytest.approx(metrics.matthews_corrcoef(t, p))
+    assert G.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
+    assert G.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
 
 
 def test_metrics_at_their_limits():
-    assert T.matthews([1, 1], [0, 1]) == T.pearson([2, 2], [0, 1]) == T.spearman([0, 1], [3, 3]) == T.f1([0, 0], [1, 0]) == 0
-    assert T.f1([0], [0]) == 0 and T.f1([1], [1]) == 1 and T.matthews([0, 1], [1, 0]) == pytest.approx(-1)
-    assert T.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1) and T.accuracy([2, 1], [2, 0]) == 0.5
-    assert all(type(metric([1, 0], [1, 0])) is float for metric in T.METRICS.values())
-    assert T.pearson(np.array([1, 2], np.float32), torch.tensor([2.0, 4.0])) == pytest.approx(1)
+    assert G.matthews([1, 1], [0, 1]) == G.pearson([2, 2], [0, 1]) == G.spearman([0, 1], [3, 3]) == G.f1([0, 0], [1, 0]) == 0
+    assert G.f1([0], [0]) == 0 and G.f1([1], [1]) == 1 and G.matthews([0, 1], [1, 0]) == pytest.approx(-1)
+    assert G.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1) and G.accuracy([2, 1], [2, 0]) == 0.5
+    assert all(type(metric([1, 0], [1, 0])) is float for metric in G.METRICS.values())
+    assert G.pearson(np.array([1, 2], np.float32), torch.tensor([2.0, 4.0])) == pytest.approx(1)
 
 
 # --------------------------------------------------------------------------------------------- python -m data.text glue
@@ -884,7 +885,7 @@ def server(monkeypatch):
 
 def archive(name, tmp_path, extra=(), leave_out=()):
     """-> bytes of a zip such as GLUE's."""
-    for split in ("train", *T.TASKS[name].dev):
+    for split in ("train", *G.TASKS[name].dev):
         write_task(tmp_path / "made", name, split)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
@@ -901,11 +902,11 @@ def test_glue_is_fetched(server, tmp_path, monkeypatch, capsys):
     odd = [("CoLA/original/raw/train.tsv", "x"), ("../evil.tsv", "x"), ("/abs/train.tsv", "x"), ("CoLA/../../dev.tsv", "x"),
            ("__MACOSX/CoLA/._train.tsv", "x"), ("CoLA/test.tsv", "index\tsentence\n0\tHe ran.\n")]
     for name in names:
-        server.files[f"/glue/data/{T.TASKS[name].archive}"] = archive(name, tmp_path, odd if name == "CoLA" else ())
+        server.files[f"/glue/data/{G.TASKS[name].archive}"] = archive(name, tmp_path, odd if name == "CoLA" else ())
     run(monkeypatch, "glue", "--out", out, "--tasks", *names, "--url", server.url)
     assert "CoLA: there" in capsys.readouterr().out
     for name in names:
-        assert T.open_task(out, name)[1]["train"].rows == [LAYOUTS[name][2]]
+        assert G.open_task(out, name)[1]["train"].rows == [LAYOUTS[name][2]]
     assert sorted(os.listdir(out)) == ["CoLA", "CoLA.zip", "MNLI", "MNLI.zip", "QNLI", "QNLIv2.zip"]
     assert sorted(os.listdir(out / "CoLA")) == ["dev.tsv", "test.tsv", "train.tsv"]
     assert sorted(os.listdir(tmp_path)) == ["made", "out"]
@@ -919,11 +920,11 @@ def test_glue_goes_on_after_a_break(server, tmp_path):
     content = server.files["/glue/data/RTE.zip"] = archive("RTE", tmp_path)
     server.cut = 100
     with pytest.raises(BadInput, match="broke off at 100 of"):
-        T.glue(str(tmp_path), "RTE", server.url)
+        G.download_task(str(tmp_path), "RTE", server.url)
     assert os.path.getsize(tmp_path / "RTE.zip.part") == 100 and not (tmp_path / "RTE").exists()
     server.cut = None
-    T.glue(str(tmp_path), "RTE", server.url, hashlib.md5(content).hexdigest())
-    assert server.asked[-1][1] == "bytes=100-" and T.read_task(tmp_path, "RTE", "dev").rows
+    G.download_task(str(tmp_path), "RTE", server.url, hashlib.md5(content).hexdigest())
+    assert server.asked[-1][1] == "bytes=100-" and G.read_task(tmp_path, "RTE", "dev").rows
 
 
 def test_wrong_archives(server, tmp_path, monkeypatch):
@@ -946,10 +947,10 @@ def test_wrong_archives(server, tmp_path, monkeypatch):
     assert os.listdir(out) == []
     (out / "RTE.zip").write_bytes(good)
     with pytest.raises(BadInput, match="RTE.zip: its md5 is not 0123"):
-        T.glue(str(out), "RTE", server.url, "0123")
-    T.glue(str(out), "RTE", server.url)
+        G.download_task(str(out), "RTE", server.url, "0123")
+    G.download_task(str(out), "RTE", server.url)
     with pytest.raises(BadInput, match="404"):
-        T.glue(str(out), "QQP", server.url)
+        G.download_task(str(out), "QQP", server.url)
     with pytest.raises(BadInput, match="--tasks WNLI: no such task; choose from CoLA"):
         run(monkeypatch, "glue", "--out", out, "--tasks", "WNLI", "--url", server.url)
 
@@ -957,17 +958,17 @@ def test_wrong_archives(server, tmp_path, monkeypatch):
 def test_mrpc_is_split(server, tmp_path):
     header, row = LAYOUTS["MRPC"][0], LAYOUTS["MRPC"][1]
     rows = [["1", str(i), str(i + 50), f'A "{i}', f"B {i}"] for i in range(10)]
-    names = dict(zip(("train", "test", "dev"), (f"/{T.MRPC_FILES[split]}" for split in ("train", "test", "dev"))))
+    names = dict(zip(("train", "test", "dev"), (f"/{G.MRPC_FILES[split]}" for split in ("train", "test", "dev"))))
     server.files[names["train"]] = ("\ufeff" + tsv(header, *rows, end="\r\n")).encode()
     server.files[names["test"]] = ("\ufeff" + tsv(header, row, end="\r\n")).encode()
     server.files[names["dev"]] = tsv(["3", "53"], ["7", "57"]).encode()
-    T.glue(str(tmp_path), "MRPC", server.url)
-    _, splits = T.open_task(tmp_path, "MRPC")
+    G.download_task(str(tmp_path), "MRPC", server.url)
+    _, splits = G.open_task(tmp_path, "MRPC")
     assert [r[0] for r in splits["dev"].rows] == ['A "3', 'A "7']
     assert [r[0] for r in splits["train"].rows] == [f'A "{i}' for i in range(10) if i not in (3, 7)]
-    assert T.read_task(tmp_path, "MRPC", "test").rows == [LAYOUTS["MRPC"][2]]
+    assert G.read_task(tmp_path, "MRPC", "test").rows == [LAYOUTS["MRPC"][2]]
     server.files[names["dev"]] = tsv(["3", "53"], ["7", "58"]).encode()
     (tmp_path / "other").mkdir()
     with pytest.raises(BadInput, match="mrpc_dev_ids.tsv: 1 of its 2 pairs are in"):
-        T.glue(str(tmp_path / "other"), "MRPC", server.url)
+        G.download_task(str(tmp_path / "other"), "MRPC", server.url)
     assert not (tmp_path / "other" / "MRPC").exists()

@@ -19,7 +19,7 @@ import torch
 import common
 import train_text
 import train_vision
-from data import text
+from data import glue, text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher
 from targets import linear_probe, top_k_average
@@ -219,9 +219,9 @@ def test_a_labelled_task_is_probed_on_mean_features_without_padding(library, tmp
     assert [row["step"] for row in rows(tmp_path / "run") if set(names) <= row.keys()] == [2, 4]
 
     student, _ = rebuilt(checkpoint(tmp_path / "run"))
-    vocabulary, parts = text.open_corpus(str(library))[2], text.open_task(str(tmp_path), "sorts")[1]
+    vocabulary, parts = text.open_corpus(str(library))[2], glue.open_task(str(tmp_path), "sorts")[1]
     with torch.no_grad():  # a sentence at a time, so that none is padded
-        mean = lambda row: student.encoder(torch.tensor([text.sentence_ids(vocabulary, row[0], max_tokens=32)]))[0][0].mean(0)  # noqa: E731
+        mean = lambda row: student.encoder(torch.tensor([glue.sentence_ids(vocabulary, row[0], max_tokens=32)]))[0][0].mean(0)  # noqa: E731
         x, x_test = (torch.stack([mean(row) for row in parts[split].rows]) for split in ("train", "dev"))
     y, y_test = (torch.tensor([row[2] for row in parts[split].rows]) for split in ("train", "dev"))
     assert numbers["task_probe_end"] == pytest.approx(linear_probe(x, y, x_test, y_test), abs=0.02)
