@@ -1,6 +1,7 @@
 """The released checkpoints' forms: the golden files wrapped as those are, whatever wraps them, give the golden numbers."""
 
 import argparse
+import collections
 import enum
 import json
 import os
@@ -506,6 +507,32 @@ def test_calls_of_foreign_libraries_are_not_made_either(save, tmp_path, place):
     assert not written.exists()
 
 
+@pytest.mark.parametrize("name", [
+    "collections\nCounter", "collections\nOrderedDict", "torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_parameter",
+    "numpy.core.multiarray\nscalar", "torch.storage\nUntypedStorage", "argparse\nNamespace", "torch\nfloat32", "torch\nFloatStorage",
+])  # fmt: skip
+def test_what_loads_a_file_is_not_changed_by_it(tmp_path, monkeypatch, name):
+    """torch's old format writes NAME.patch for a class that asks for it by `dump_patches`, which a pickle could have set."""
+
+    def word(text):
+        return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+    monkeypatch.chdir(tmp_path)
+    set_attributes = b"(N}" + word("dump_patches") + b"\x88s" + word("__name__") + word(str(tmp_path / "mine")) + b"stb"
+    body = b"\x80\x02(" + word("module") + f"c{name}\n".encode() + set_attributes + word("a.py") + word("b") + b"tQ."
+    header = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
+    Path("bad.pt").write_bytes(b"".join(pickle.dumps(part, 2) for part in header) + body + pickle.dumps([], 2))
+    with pytest.raises(BadInput, match="^bad.pt: damaged"):
+        unpickle.load("bad.pt")
+    assert os.listdir() == ["bad.pt"] and not hasattr(collections.Counter, "dump_patches")
+
+
+def test_torchs_wish_for_its_own_safe_reader_is_met_by_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"w": torch.ones(2), "args": argparse.Namespace(a=1)}, tmp_path / "file.pt")
+    assert unpickle.load(tmp_path / "file.pt")["w"].sum() == 2 and os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_of_any_protocol_run_nothing(tmp_path, protocol):
     path, written = tmp_path / "bare.pt", tmp_path / "written"
@@ -534,6 +561,9 @@ def test_programs_and_archives_are_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(BadInput, match="TorchScript"):
+        unpickle.load(path)
+    path.write_bytes(path.read_bytes() + b"PK\5\6")  # zipfile takes it for no archive, torch still does
     with pytest.raises(BadInput, match="TorchScript"):
         unpickle.load(path)
     with tarfile.open(tmp_path / "old.pt", "w") as archive:

@@ -10,12 +10,12 @@ import _compat_pickle
 import collections
 import functools
 import json
+import os
 import pickle
 import re
 import sys
 import tarfile
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -66,18 +66,32 @@ def number(dtype: Record, value: bytes):
     return np.frombuffer(value, order + kind)[0]
 
 
-MADE = {  # all that is ever called
+class Made:
+    """What makes tensors and plain containers. A pickle may also set attributes of what it names: not of these."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, *args):
+        return self.make(*args)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("it asks to change what loads it")
+
+
+CALLED = {  # all that is ever called
     "collections.OrderedDict": collections.OrderedDict, "collections.Counter": collections.Counter,
     "builtins.set": set, "builtins.frozenset": frozenset, "_codecs.encode": bytes_of, "torch.Size": torch.Size,
-    "torch.device": torch.device, "torch.storage.UntypedStorage": torch.UntypedStorage,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch.device": torch.device, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 } | {
     f"numpy.{core}.multiarray.scalar": number for core in ("core", "_core")
 } | {
     f"torch._utils._rebuild_{name}": getattr(torch._utils, f"_rebuild_{name}") for name in ("tensor", "tensor_v2", "tensor_v3")
-} | {
-    str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }  # fmt: skip
+MADE = {name: Made(make) for name, make in CALLED.items()}
+MADE |= {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}  # called they are an error
 KEPT = re.compile(  # names of Python's own library that options are made of, as Records like all that is foreign
     r"argparse\.Namespace|collections\.(defaultdict|deque)|copyreg\._reconstructor|pathlib\.\w+|_?operator\.getitem|typing\.\w+"
     r"|enum\.\w+|datetime\.\w+|functools\.partial|uuid\.UUID|decimal\.Decimal"
@@ -107,10 +121,13 @@ def load(path: str | Path) -> dict:
     reader = types.SimpleNamespace(
         __name__="inert", Unpickler=InertUnpickler, load=lambda file, **how: InertUnpickler(file, **how).load()
     )
+    forced = os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)  # torch's own reader, which knows no Records
     try:
         if tarfile.is_tarfile(path):  # these two torch.load would read in ways of their own
             raise pickle.UnpicklingError("it is a tar archive")
-        if zipfile.is_zipfile(path) and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\3\4"  # how torch.load tells; zipfile can be led to another opinion
+        if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise pickle.UnpicklingError("it is a TorchScript program")
         return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)  # safe by what the reader makes
     except FileNotFoundError:
@@ -119,6 +136,9 @@ def load(path: str | Path) -> dict:
         raise BadInput(f"{path}: damaged, or not a checkpoint that can be read safely: {reason(error)}") from None
     except Exception as error:  # readers raise nearly anything on bytes that are no checkpoint
         raise BadInput(f"{path}: damaged, or not a checkpoint ({reason(error)})") from None
+    finally:
+        if forced is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
 
 
 def reason(error: Exception) -> str:
