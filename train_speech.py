@@ -113,9 +113,9 @@ PRESETS = {
     ),
     # python train_speech.py --preset digits --data DIR: 2 CPU cores or any GPU, see README
     "digits": dict(
-        steps=8000, global_batch=64, max_samples=512_000, workers=1, log_every=50, save_every=250, probe_every=1000,
-        channels=64, dim=192, depth=6, heads=6, ffn=768, top_k=4, pos_width=15, share_positions=False, guard_after=2000,
-        tau_0=0.99, tau_e=0.999, tau_n=3000, lr=1e-3, warmup=0.05, decay=0.3, clip=3.0, beta2=0.99,
+        steps=24_000, global_batch=16, max_samples=128_000, max_seconds=8.0, workers=1, log_every=50, save_every=1000, probe_every=2000,
+        channels=64, dim=192, depth=6, heads=6, ffn=768, top_k=4, pos_width=15, share_positions=False, guard_after=5000,
+        tau_e=0.9995, tau_n=3000, warmup=0.0125, decay=0.3, clip=3.0, beta2=0.99,
     ),
     # torchrun --nproc_per_node=16: LibriSpeech 960 h, 63 minutes of audio an update; paper 5.5 WER on test-other after
     # fine-tuning on all labels, with a 4-gram language model; not run here

@@ -217,6 +217,8 @@ def main():
         state = convert.read(cfg.init)
         if "classes" in state:
             raise BadInput(f"--init {cfg.init}: a fine-tuned classifier; pre-training goes on from a pre-trained checkpoint")
+        if "patch" not in state["config"]:
+            raise BadInput(f"--init {cfg.init}: not a model of images")
         for name in ("heads", "norm_eps"):  # the shapes of weights do not tell
             if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
                 raise BadInput(f"--init {cfg.init}: was trained with --{name} {theirs}; take the same")

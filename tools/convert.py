@@ -27,7 +27,10 @@ from tools.released import (  # noqa: F401  (names in use elsewhere)
     POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config,
     vision_grid,
 )  # fmt: skip
-from tools.unpickle import load, tensors
+from tools.unpickle import load, plain, tensors
+
+SIZES = ("dim", "depth", "heads", "ffn", "patch", "image_size", "channels", "pos_depth", "pos_width", "pos_groups", "max_tokens")
+GOALS = ("images", "letters", "sounds", "clips", "sentences")
 
 
 def read(path: str | Path, asked: dict | None = None) -> dict:
@@ -53,8 +56,7 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
         if not isinstance(file, dict):
             raise BadInput(f"{path}: holds a {type(file).__name__}, not a checkpoint; give ckpt.pt or best.pt of a run")
         if {"student", "teacher", "config"} <= file.keys():
-            for part in ("student", "teacher"):
-                file[part] and tensors(file[part], path, part)  # nothing but tensors
+            check_kinds(file, path)
             if "max_tokens" in file["config"] and "vocabulary" not in file:  # as it was not known where it was converted
                 add_vocabulary(file, path, asked)
             return file
@@ -78,6 +80,24 @@ def foreign(reader, *arguments):
         where = next(str(argument) for argument in arguments if isinstance(argument, (str, Path)))
         reason = " ".join(repr(error).split())[:200]
         raise BadInput(f"{where}: not as files of its kind are; its options or weights cannot be understood ({reason})") from None
+
+
+def check_kinds(file: dict, path) -> None:
+    """Raises BadInput unless a checkpoint of ours holds what we write: tensors, options of their kinds, names of classes."""
+    for part in ("student", "teacher"):
+        file[part] and tensors(file[part], path, part)
+    if not isinstance(config := file["config"], dict):
+        raise BadInput(f"{path}: its config is a {type(config).__name__}, not a table of options")
+    known = vars(script_of(config).Config()) if file["student"] else {}
+    for name in config.keys() & known.keys():
+        kind = type(known[name])
+        if not isinstance(config[name], (int, float) if kind is float else kind) or name in SIZES and config[name] < 1:
+            raise BadInput(f"{path}: its config says {name} {plain(config[name])}; damaged, or of another version")
+    names = file.get("classes", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and file.get("goal", "images") in GOALS):
+        raise BadInput(f"{path}: its classes are no list of names, or it is for none of {', '.join(GOALS)}")
+    if not isinstance(file.get("finetune", {}), dict) or not isinstance(file.get("vocabulary", ""), str):
+        raise BadInput(f"{path}: its finetune is no table of options, or its vocabulary no text; damaged, or of another version")
 
 
 def complete(state: dict, path) -> None:
@@ -169,7 +189,19 @@ def check_fit(mine: dict[str, Tensor], weights: dict[str, Tensor], path, fresh: 
         n for n in (mine.keys() | weights.keys()) - new if n not in mine or n not in weights or mine[n].shape != weights[n].shape
     ]
     if odd:
-        raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}")
+        both = next((n for n in sorted(odd) if n in mine and n in weights), None)
+        sizes = f" ({both} is {tuple(weights[both].shape)} in the file, {tuple(mine[both].shape)} here)" if both else ""
+        raise BadInput(f"{path}: does not fit this model; look at {', '.join(sorted(odd)[:6])}{sizes}")
+
+
+def check_whole(state: dict, path) -> None:
+    """Raises BadInput unless a checkpoint's weights are those of the model that its config describes."""
+    script_of(state["config"])
+    with torch.device("meta"):
+        wanted = build(state).state_dict()
+    check_fit(wanted, state["student"], path, state.get("fresh", ()))
+    if state["teacher"]:
+        check_fit({name: tensor for name, tensor in wanted.items() if name.startswith("encoder.")}, state["teacher"], path)
 
 
 def load_into(
@@ -231,6 +263,7 @@ def main():
         notes = []
         common.save(target, state)
     else:
+        check_whole(state, args.source)
         notes = hub.write(state, target, args.network)
     sizes = ("dim", "depth", "heads", "ffn", "patch", "image_size", "max_tokens", "top_k", "target", "norm", "beta")
     parts = [name for name in ("student", "teacher", "classes", "vocabulary") if state.get(name) is not None]
