@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import common
+import train_vision
 from common import BadInput
 from data import text
 from model import Teacher
@@ -570,6 +571,38 @@ def test_programs_and_archives_are_refused(tmp_path):
         archive.add(path, "pickle")
     with pytest.raises(BadInput, match="tar archive"):
         unpickle.load(tmp_path / "old.pt")
+
+
+OURS = dict(image_size=8, patch=4, dim=8, depth=2, heads=2, ffn=16)
+ODD = {  # entry or option of a checkpoint of ours: what it should not be
+    "config": [5, None, ["patch"], argparse.Namespace(patch=4)], "student": [None, {}, [1], {5: torch.zeros(1)}],
+    "classes": [3, [1, 2], argparse.Namespace()], "goal": [5, argparse.Namespace()], "finetune": [5],
+    "vocabulary": [5, "junk"], "dim": ["8", -8, None, argparse.Namespace()], "depth": ["2", 0, 2.5], "norm_eps": ["small"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ODD.items() for value in values])
+def test_a_checkpoint_of_ours_holds_what_we_write(save, name, value):
+    student = train_vision.build(VisionConfig(**OURS)).state_dict()
+    whole = {"student": student, "teacher": None, "config": dict(OURS), "classes": ["a"], "goal": "images", "finetune": {}}
+    assert convert.read(save(whole))["config"] == OURS
+    (whole["config"] if name in ("dim", "depth", "norm_eps") else whole)[name] = value
+    path = save(whole)
+    with pytest.raises(BadInput, match=re.escape(str(path))):
+        convert.read(path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "other depth", "teacher", "no mark"])
+def test_a_folder_is_only_written_of_all_weights(save, tmp_path, capsys, damage):
+    student = train_vision.build(VisionConfig(**OURS)).state_dict()
+    teacher = {name: tensor for name, tensor in student.items() if name.startswith("encoder.")}
+    config = OURS | {"depth": 3} if damage == "other depth" else {"dim": 8} if damage == "no mark" else OURS
+    if damage in ("missing", "teacher"):
+        (teacher if damage == "teacher" else student).pop("encoder.blocks.1.fc1.weight")
+    path = save({"student": student, "teacher": teacher, "config": config})
+    assert tool(path, tmp_path / "folder") == 2 and not (tmp_path / "folder").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error and (damage == "no mark" or "fc1" in error or "blocks.2" in error)
 
 
 def test_a_checkpoint_of_ours_holds_tensors_alone(save):

@@ -27,10 +27,9 @@ from tools.released import (  # noqa: F401  (names in use elsewhere)
     POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config,
     vision_grid,
 )  # fmt: skip
-from tools.unpickle import load, plain, tensors
+from tools.unpickle import load, plain, reason, tensors
 
 SIZES = ("dim", "depth", "heads", "ffn", "patch", "image_size", "channels", "pos_depth", "pos_width", "pos_groups", "max_tokens")
-GOALS = ("images", "letters", "sounds", "clips", "sentences")
 
 
 def read(path: str | Path, asked: dict | None = None) -> dict:
@@ -78,26 +77,36 @@ def foreign(reader, *arguments):
         return reader(*arguments)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         where = next(str(argument) for argument in arguments if isinstance(argument, (str, Path)))
-        reason = " ".join(repr(error).split())[:200]
-        raise BadInput(f"{where}: not as files of its kind are; its options or weights cannot be understood ({reason})") from None
+        why = " ".join(repr(error).split())[:200]
+        raise BadInput(f"{where}: not as files of its kind are; its options or weights cannot be understood ({why})") from None
 
 
 def check_kinds(file: dict, path) -> None:
     """Raises BadInput unless a checkpoint of ours holds what we write: tensors, options of their kinds, names of classes."""
     for part in ("student", "teacher"):
-        file[part] and tensors(file[part], path, part)
+        if part == "student" or file[part]:
+            tensors(file[part], path, part)
+            if not all(isinstance(name, str) for name in file[part]):
+                raise BadInput(f"{path}: its {part} has weights without a name; damaged")
     if not isinstance(config := file["config"], dict):
         raise BadInput(f"{path}: its config is a {type(config).__name__}, not a table of options")
-    known = vars(script_of(config).Config()) if file["student"] else {}
+    known = vars(script_of(config).Config())
     for name in config.keys() & known.keys():
         kind = type(known[name])
         if not isinstance(config[name], (int, float) if kind is float else kind) or name in SIZES and config[name] < 1:
             raise BadInput(f"{path}: its config says {name} {plain(config[name])}; damaged, or of another version")
     names = file.get("classes", [])
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and file.get("goal", "images") in GOALS):
-        raise BadInput(f"{path}: its classes are no list of names, or it is for none of {', '.join(GOALS)}")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(file.get("goal", ""), str)):
+        raise BadInput(f"{path}: its classes or its goal are no names; damaged, or of another version")
     if not isinstance(file.get("finetune", {}), dict) or not isinstance(file.get("vocabulary", ""), str):
         raise BadInput(f"{path}: its finetune is no table of options, or its vocabulary no text; damaged, or of another version")
+    if "vocabulary" in file:
+        from data import text
+
+        try:
+            text.Vocabulary.parse(file["vocabulary"])
+        except (ValueError, LookupError) as error:
+            raise BadInput(f"{path}: its vocabulary is damaged ({reason(error)})") from None
 
 
 def complete(state: dict, path) -> None:
@@ -263,7 +272,7 @@ def main():
         notes = []
         common.save(target, state)
     else:
-        check_whole(state, args.source)
+        foreign(check_whole, state, args.source)
         notes = hub.write(state, target, args.network)
     sizes = ("dim", "depth", "heads", "ffn", "patch", "image_size", "max_tokens", "top_k", "target", "norm", "beta")
     parts = [name for name in ("student", "teacher", "classes", "vocabulary") if state.get(name) is not None]
