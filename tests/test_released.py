@@ -534,6 +534,23 @@ def test_torchs_wish_for_its_own_safe_reader_is_met_by_ours(tmp_path, monkeypatc
     assert unpickle.load(tmp_path / "file.pt")["w"].sum() == 2 and os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
 
 
+def test_options_that_hold_each_other_come_to_an_end(save):
+    options = [1]
+    for _ in range(45):
+        options = [options, options]
+    path = save({"model": golden("audio_tied")["model"], "args": argparse.Namespace(encoder_layers=options)})
+    with pytest.raises(BadInput, match=f"{re.escape(str(path))}.*without end"):
+        convert.read(path)
+
+
+def test_two_weights_for_one_are_refused(save):
+    model = golden("text_tied")["model"]
+    dim = model["encoder.sentence_encoder.embed_tokens.weight"].shape[1]
+    heads = {f"classification_heads.{name}.dense.weight": torch.eye(dim) for name in ("mnli", "cola")}
+    with pytest.raises(BadInput, match=r"classification_heads\.cola.* second"):
+        convert.read(save({"model": model | heads}))
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_of_any_protocol_run_nothing(tmp_path, protocol):
     path, written = tmp_path / "bare.pt", tmp_path / "written"

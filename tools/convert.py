@@ -27,7 +27,7 @@ from tools.released import (  # noqa: F401  (names in use elsewhere)
     POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename, vision_config,
     vision_grid,
 )  # fmt: skip
-from tools.unpickle import load, plain, reason, tensors
+from tools.unpickle import load, reason, tensors
 
 SIZES = ("dim", "depth", "heads", "ffn", "patch", "image_size", "channels", "pos_depth", "pos_width", "pos_groups", "max_tokens")
 
@@ -94,7 +94,8 @@ def check_kinds(file: dict, path) -> None:
     for name in config.keys() & known.keys():
         kind = type(known[name])
         if not isinstance(config[name], (int, float) if kind is float else kind) or name in SIZES and config[name] < 1:
-            raise BadInput(f"{path}: its config says {name} {plain(config[name])}; damaged, or of another version")
+            said = config[name] if isinstance(config[name], (int, float, str)) else type(config[name]).__name__
+            raise BadInput(f"{path}: its config says {name} {said}; damaged, or of another version")
     names = file.get("classes", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(file.get("goal", ""), str)):
         raise BadInput(f"{path}: its classes or its goal are no names; damaged, or of another version")

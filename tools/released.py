@@ -73,12 +73,14 @@ LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 
 
 def rename(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors whose name matches a pattern of `table`, under their new names."""
+    """The tensors whose name matches a pattern of `table`, under their new names. Raises BadInput if two get the same."""
     new = {}
     for name, tensor in state.items():
         for pattern, ours in table.items():
             if match := re.fullmatch(pattern, name):
-                new[match.expand(ours)] = tensor.flatten() if ours in ("embed.cls", "mask_embedding") else tensor
+                if (mine := match.expand(ours)) in new:
+                    raise BadInput(f"{name}: a second weight for {mine}; which of the two is meant?")
+                new[mine] = tensor.flatten() if ours in ("embed.cls", "mask_embedding") else tensor
     return new
 
 

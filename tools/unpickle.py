@@ -146,22 +146,29 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def plain(x, depth: int = 0):
-    """Options as nested dicts, lists and values: what argparse, omegaconf, enums and dataclasses keep, without their classes."""
+def plain(x, depth: int = 0, left: list[int] | None = None):
+    """Options as nested dicts, lists and values: what argparse, omegaconf, enums and dataclasses keep, without their classes.
+
+    left  [how many values may still come]; few nested lists that hold each other twice would make more than any memory holds
+    """
+    left = [2_000_000] if left is None else left
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError("options without end")
     if depth > 50:
         return None
     if isinstance(x, dict):
-        return {key: plain(value, depth + 1) for key, value in x.items()}
+        return {key: plain(value, depth + 1, left) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [plain(value, depth + 1) for value in x]
+        return [plain(value, depth + 1, left) for value in x]
     if not isinstance(x, Record):
         return x
     if isinstance(x.state, dict):  # omegaconf: containers and leaves; what else they keep leads back to where one is
         inner = next((x.state[name] for name in ("_content", "_val") if name in x.state), x.state)
-        return plain(inner, depth + 1)
+        return plain(inner, depth + 1, left)
     if x.items:
-        return plain(dict(x.items) if isinstance(x.items[0], tuple) else x.items, depth + 1)
-    return plain(x.args[0], depth + 1) if len(x.args) == 1 else None  # an enum is made of its value
+        return plain(dict(x.items) if isinstance(x.items[0], tuple) else x.items, depth + 1, left)
+    return plain(x.args[0], depth + 1, left) if len(x.args) == 1 else None  # an enum is made of its value
 
 
 def tensors(weights, path: str | Path, what: str = "weights") -> dict[str, Tensor]:
