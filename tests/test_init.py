@@ -154,3 +154,11 @@ def test_what_finetune_cannot_score_is_one_line(files, tmp_path):
     state["student"] |= {"out.weight": torch.randn(2, state["config"]["dim"]), "out.bias": torch.zeros(2)}
     torch.save(state, tmp_path / "clips.pt")
     assert "clips" in refused(call(finetune, "--init", tmp_path / "clips.pt", "--predict", "a.wav"))
+
+
+def test_a_model_of_another_kind_is_one_line(files, tmp_path):
+    source = convert.read(files["speech", "released"])["config"]
+    flags = [x for name in ("heads", "norm_eps", "dim") for x in (f"--{name}", source[name])]
+    more = "--global_batch 4 --probe_images 40 --eval_images 10".split()
+    ended = call(train_vision, *flags, *more, *FAST, "--init", files["speech", "released"], "--out", tmp_path / "out")
+    assert "not a model of images" in refused(ended)
