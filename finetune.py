@@ -139,7 +139,7 @@ PRESETS = {
     # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
     "digits": CTC | dict(
         model="digits", steps=1000, global_batch=32, max_samples=512_000, workers=1, probe_every=250, save_every=250,
-        lr=5e-4, freeze_steps=0, mask_p=0.3, channel_p=0.1, clip=3.0, freeze_convs=False,
+        lr=3e-4, head_lr=5e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, channel_p=0.1, clip=3.0, freeze_convs=False,
     ),
     # Libri-light's and LibriSpeech's labels: section 5.2; paper's WER on test-other with a 4-gram model in README; not run here
     "10m": CTC | dict(steps=13_000),

@@ -102,9 +102,9 @@ BASE = dict(
 PRESETS = {
     # python train_text.py: 2 CPU cores, see README for seconds and numbers
     "smoke": dict(
-        steps=400, workers=0, probe_every=0, probe_blocks=1600, eval_blocks=400, max_tokens=32, depth=3, top_k=3, guard_after=200,
-        token_std=1.0, position_std=0.4, weight_std=0.0, share_embedding=False,
-        tau_0=0.99, tau_e=0.999, tau_n=300, lr=2e-3, warmup=0.1, decay=0.3, beta2=0.99, clip=3.0,
+        steps=1600, workers=0, probe_every=0, probe_blocks=1600, eval_blocks=400, max_tokens=32, depth=3, top_k=3, guard_after=200,
+        token_std=1.0, position_std=0.3, weight_std=0.0, share_embedding=False,
+        tau_0=0.99, tau_e=0.999, tau_n=300, lr=1e-3, warmup=0.1, decay=0.3, beta2=0.99, clip=3.0,
     ),
     # python train_text.py --preset corpus --data DIR: 10 to 100 MB of text, 2 CPU cores or one GPU, see README
     "corpus": dict(
