@@ -160,5 +160,5 @@ def test_a_model_of_another_kind_is_one_line(files, tmp_path):
     source = convert.read(files["speech", "released"])["config"]
     flags = [x for name in ("heads", "norm_eps", "dim") for x in (f"--{name}", source[name])]
     more = "--global_batch 4 --probe_images 40 --eval_images 10".split()
-    ended = call(train_vision, *flags, *more, *FAST, "--init", files["speech", "released"], "--out", tmp_path / "out")
-    assert "not a model of images" in refused(ended)
+    code, _, error = call(train_vision, *flags, *more, *FAST, "--init", files["speech", "released"], "--out", tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1 and "not a model of images" in error, error
