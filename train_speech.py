@@ -210,6 +210,8 @@ def main():
         state = convert.read(source)
         if "classes" in state:
             raise BadInput(f"{source}: a fine-tuned model; pre-training goes on from a pre-trained checkpoint")
+        if "channels" not in state["config"]:
+            raise BadInput(f"{source}: not a model of recordings")
         convert.load_into(student, state["student"], source, fresh=state.get("fresh", ()))
         for name in ("heads", "convs", "deep_norm", "norm_eps"):  # the shapes of weights do not tell
             if (theirs := state["config"].get(name, getattr(Config(), name))) != getattr(cfg, name):
