@@ -343,7 +343,7 @@ def test_a_finetuned_file_keeps_its_head_for_the_same_goal_alone(finished, heard
 
 
 def test_a_model_of_another_modality_is_one_line(pretrained, speech, tmp_path):
-    torch.save({"student": {}, "teacher": None, "config": {"patch": 4}}, tmp_path / "vision.pt")
+    torch.save({"student": {"encoder.embed.cls": torch.zeros(4)}, "teacher": None, "config": {"patch": 4}}, tmp_path / "vision.pt")
     flags = "--data", speech, "--out", tmp_path / "run"
     assert "vision.pt: not a model of recordings" in refused(tune(*flags, "--init", tmp_path / "vision.pt"))
     line = refused(call(finetune, "--init", pretrained, "--out", tmp_path / "run"))
