@@ -342,7 +342,7 @@ def test_a_finetuned_file_keeps_its_head_for_the_same_goal_alone(finished, heard
     assert finetune.build(cfg, sorted(CLASSES))[2] == CLASSES, "the file's order: its head's"
 
 
-def test_a_model_of_another_modality_is_one_line(pretrained, speech, tmp_path):
+def test_a_model_of_another_modality_is_one_line(pretrained, speech, held_out, tmp_path):  # held_out: lengths are cached
     torch.save({"student": {"encoder.embed.cls": torch.zeros(4)}, "teacher": None, "config": {"patch": 4}}, tmp_path / "vision.pt")
     flags = "--data", speech, "--out", tmp_path / "run"
     assert "vision.pt: not a model of recordings" in refused(tune(*flags, "--init", tmp_path / "vision.pt"))
