@@ -78,6 +78,19 @@ def test_a_resumed_run_keeps_its_own_values_except_those_given(tmp_path):
     assert parse("--out", "nothing-there", "--resume").steps == 10
 
 
+def test_an_option_that_is_newer_than_the_run_takes_its_default():
+    common.open_run("a", {"preset": "big", "steps": 77}, False, 0)  # a run of before lr and the others were options
+    config = parse("--out", "a", "--resume")
+    assert (config.steps, config.lr) == (77, type(config)().lr)
+
+
+def test_data_loaders_fork():
+    """Their datasets hold closures, which no other way of starting a process can hand over."""
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    common.start_processes("cpu", "float32")
+    assert torch.multiprocessing.get_start_method() == "fork"
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '[3]'])
 def test_a_damaged_config_is_named_when_resuming(capsys, damage):
     os.mkdir("a")
