@@ -162,3 +162,9 @@ def test_a_model_of_another_kind_is_one_line(files, tmp_path):
     more = "--global_batch 4 --probe_images 40 --eval_images 10".split()
     code, _, error = call(train_vision, *flags, *more, *FAST, "--init", files["speech", "released"], "--out", tmp_path / "out")
     assert code == 2 and error.count("\n") == 1 and "not a model of images" in error, error
+
+
+def test_a_model_of_another_kind_is_one_line_for_speech_too(files, tmp_path):
+    more = "--global_batch 4 --max_samples 64000 --max_seconds 4".split()
+    code, _, error = call(train_speech, *more, *FAST, "--init", files["vision", "released"], "--out", tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1 and "not a model of recordings" in error, error
