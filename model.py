@@ -36,8 +36,21 @@ class Attention(nn.Module):
         k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v: (B, H, T, d) each -> (B, H, T, d). A boolean bias is True where a key is seen.
+
+    On a CPU in bfloat16 it is written out: torch's fused one is several times slower there, above all in its backward pass.
+    """
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
+    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, T, T)
+    if bias is not None:
+        logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
+    return F.dropout(logits.softmax(-1), dropout).to(v.dtype) @ v
 
 
 class Block(nn.Module):

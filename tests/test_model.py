@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
-    CONVS, Attention, Block, Classifier, Encoder, Recogniser, Student, Teacher, convolve, linear_softmax, regression_head,
+    CONVS, Attention, Block, Classifier, Encoder, Recogniser, Student, Teacher, attend, convolve, linear_softmax, regression_head,
     relative_index, resize_positions, speech_encoder, text_encoder, vision_encoder,
 )  # fmt: skip
 from targets import top_k_average
@@ -158,6 +158,32 @@ def test_attention_dropout_acts_in_training_only():
     assert not torch.equal(attn(x, None), attn(x, None))
     attn.eval()
     assert torch.equal(attn(x, None), attn(x, None))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["none", "boolean", "values"])
+def test_attention_in_bfloat16_is_that_of_float32(kind, autocast):
+    """The way of a CPU in bfloat16 is its own; a boolean bias is True where a key is seen."""
+    q, k, v = (torch.randn(2, 3, 7, 8).bfloat16().requires_grad_() for _ in range(3))
+    seen = (torch.rand(2, 1, 7, 7) < 0.5) | torch.eye(7, dtype=torch.bool)
+    bias = {"none": None, "boolean": seen, "values": torch.randn(2, 3, 7, 7).masked_fill(~seen, -math.inf)}[kind]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = attend(q, k, v, bias, 0.0)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = attend(*exact, bias, 0.0)
+    assert ours.dtype == torch.bfloat16 and expected.dtype == torch.float32
+    close(ours.float(), expected, rtol=0, atol=0.04)
+    for y in (ours, expected):
+        y.float().square().sum().backward()
+    for x, y in zip((q, k, v), exact):
+        close(x.grad.float(), y.grad, rtol=0, atol=0.03 * y.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_drops_weights_and_scales_up_the_rest(dtype):
+    q, k, v = torch.zeros(1, 1, 1, 4, dtype=dtype), torch.zeros(1, 1, 10_000, 4, dtype=dtype), torch.ones(1, 1, 10_000, 4, dtype=dtype)
+    close(attend(q, k, v, None, 0.25).float(), torch.ones(1, 1, 1, 4), rtol=0, atol=0.05)
+    assert not torch.equal(attend(q, k, v, None, 0.9), attend(q, k, v, None, 0.9))
 
 
 @torch.no_grad()
