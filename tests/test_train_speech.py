@@ -710,3 +710,21 @@ def test_cosine_warms_up_and_falls():
         cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 20) / 80))
         assert train_speech.lr_at(step, cfg) == pytest.approx(step / 20 if step <= 20 else cosine)
     assert train_speech.lr_at(1, config(steps=1, warmup=0.0, lr=1.0, schedule="cosine", final_scale=1.0)) == 1
+
+
+# ---- real speech ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_base_at_full_size_takes_real_utterances(shared, monkeypatch, tmp_path):
+    """LibriSpeech's own layout through the preset `base`: 5 updates of about 10 seconds, minutes on a CPU."""
+    for split in ("train-clean-100", "dev-clean"):
+        shutil.copytree(shared / "speech/LibriSpeech/test-clean", tmp_path / "data" / split)
+    flags = "--steps 5 --warmup 0.4 --global_batch 12 --max_samples 192000 --max_seconds 12 --log_every 1 --workers 0 --device cpu".split()
+    monkeypatch.setattr(sys, "argv", ["train_speech.py", "--preset", "base", "--data", str(tmp_path / "data"), *flags, "--out", str(tmp_path / "run")])  # fmt: skip
+    common.run(train_speech.main)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=False)
+    assert sum(p.numel() for p in state["student"].values()) > 90e6 and len(rows) == 5
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and all(0.3 < row["masked"] < 0.6 and row["target_std"] > 0.1 for row in rows)
+    print([round(row["loss"], 2) for row in rows], json.loads((tmp_path / "run/results.json").read_text()))
