@@ -28,3 +28,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no real data beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

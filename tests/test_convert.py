@@ -3,8 +3,8 @@
 import argparse
 import os
 import re
-import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 import common
 import finetune
 from model import Student, Teacher, regression_head, relative_index, resize_grid, resize_positions, vision_encoder
+from tests import helpers
+from tests.helpers import assert_same
 from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,34 +40,8 @@ def save(tmp_path):
     return save
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(flag, ...) -> exit status, stdout, stderr of `python -m tools.convert flag ...`."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", [convert.__file__, *map(str, flags)])
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run(convert.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def refused(result):
-    """The one line on stderr of a call that ended with status 2."""
-    code, out, err = result
-    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0, msg=name)
+call = partial(helpers.call, convert)
+refused = partial(helpers.refused, silent=True)
 
 
 # ---- released -> ours ----------------------------------------------------------------------------------------------
@@ -77,7 +53,7 @@ def encoder_of(config):
     return vision_encoder(image_size=(side, side), **{name: config[name] for name in names})
 
 
-def test_a_released_pretrained_file_gives_a_student_a_teacher_and_their_sizes(save, call, tmp_path):
+def test_a_released_pretrained_file_gives_a_student_a_teacher_and_their_sizes(save, tmp_path):
     code, out, err = call(save(released("vision")), tmp_path / "ours.pt")
     assert code == 0 and "student" in out and "teacher" in out, err
     state, file = torch.load(tmp_path / "ours.pt", weights_only=True), golden("vision")
@@ -93,7 +69,7 @@ def test_a_released_pretrained_file_gives_a_student_a_teacher_and_their_sizes(sa
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_released_finetuned_file_gives_a_classifier_with_numbered_classes(save, call, tmp_path):
+def test_a_released_finetuned_file_gives_a_classifier_with_numbered_classes(save, tmp_path):
     code, _, err = call(save(released("vision_finetune")), tmp_path / "ours.pt")
     assert code == 0, err
     file = golden("vision_finetune")
@@ -102,7 +78,7 @@ def test_a_released_finetuned_file_gives_a_classifier_with_numbered_classes(save
     torch.testing.assert_close(classifier.eval()(file["input"]["image"]), file["logits"], rtol=0, atol=1e-5)
 
 
-def test_scripts_read_a_released_file_as_it_is(save, call, tmp_path):
+def test_scripts_read_a_released_file_as_it_is(save, tmp_path):
     for name in ("vision", "vision_finetune"):
         path = save(released(name))
         assert call(path, tmp_path / "ours.pt")[0] == 0
@@ -117,7 +93,7 @@ def test_weights_without_their_wrapping_are_read_too(save):
     assert bare["teacher"] is None
 
 
-def test_a_checkpoint_of_ours_passes_unchanged(save, call, tmp_path):
+def test_a_checkpoint_of_ours_passes_unchanged(save, tmp_path):
     call(save(released("vision")), tmp_path / "ours.pt")
     code, _, err = call(tmp_path / "ours.pt", tmp_path / "again.pt")
     assert code == 0, err
@@ -150,7 +126,7 @@ def test_numpy_numbers_are_read_as_numbers(save):
 
 
 @pytest.mark.parametrize("part", ["model", "model_ema"])
-def test_unknown_weights_are_named(save, call, tmp_path, part):
+def test_unknown_weights_are_named(save, tmp_path, part):
     file = released("vision")
     file[part]["blocks.0.attn.relative_position_bias_table"] = torch.zeros(28, 2)
     path = save(file)
@@ -160,7 +136,7 @@ def test_unknown_weights_are_named(save, call, tmp_path, part):
 
 
 @pytest.mark.parametrize("missing", ["rel_pos_bias.relative_position_bias_table", "blocks.", "blocks.0."])
-def test_a_file_from_which_sizes_cannot_be_told_is_one_line(save, call, tmp_path, missing):
+def test_a_file_from_which_sizes_cannot_be_told_is_one_line(save, tmp_path, missing):
     file = released("vision")
     kept = {name: tensor for name, tensor in file["model"].items() if not name.startswith(missing)}
     path = save({"model": kept})
@@ -196,7 +172,7 @@ def test_a_square_grid_needs_no_index(save):
 
 
 @pytest.mark.parametrize("height, width", [(3, 2), (1, 5)])
-def test_a_table_of_a_grid_that_cannot_be_told_is_one_line(save, call, tmp_path, height, width):
+def test_a_table_of_a_grid_that_cannot_be_told_is_one_line(save, tmp_path, height, width):
     """The sizes in the new file would be wrong."""
     path = save(not_square(height, width))
     error = refused(call(path, tmp_path / "ours.pt"))
@@ -222,7 +198,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "malicious", "other", "tensor"])
-def test_a_damaged_or_foreign_file_is_one_line_that_names_it(save, call, tmp_path, damage):
+def test_a_damaged_or_foreign_file_is_one_line_that_names_it(save, tmp_path, damage):
     good = save(released("vision")).read_bytes()
     written = tmp_path / "written"
     if damage in ("malicious", "other", "tensor"):
@@ -234,14 +210,14 @@ def test_a_damaged_or_foreign_file_is_one_line_that_names_it(save, call, tmp_pat
     assert not written.exists() and not (tmp_path / "ours.pt").exists()
 
 
-def test_files_that_are_not_there_or_cannot_be_written_are_one_line(save, call, tmp_path):
+def test_files_that_are_not_there_or_cannot_be_written_are_one_line(save, tmp_path):
     path = save(released("vision"))
     assert "none.pth" in refused(call(tmp_path / "none.pth", tmp_path / "ours.pt"))
     assert str(tmp_path) in refused(call(tmp_path, tmp_path / "ours.pt"))
     assert "nowhere" in refused(call(path, tmp_path / "nowhere" / "ours.pt"))
 
 
-def test_help_promises_no_option_that_is_not_there(call):
+def test_help_promises_no_option_that_is_not_there():
     code, out, _ = call("--help")
     usage, promised = out[: out.index("\n\n")], re.search(r"python -m tools.convert .*", convert.__doc__)[0]
     assert code == 0 and all(flag in usage for flag in re.findall(r"--\w+", promised))

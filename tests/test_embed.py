@@ -3,8 +3,8 @@
 import copy
 import io
 import json
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import common
 import train_speech
 import train_text
 import train_vision
 from data import audio, images, text
 from model import Classifier, Recogniser, SentenceClassifier
+from tests import helpers
 from tools import convert, embed
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -104,29 +104,12 @@ def oracle(kind, case, network="student"):
     return {l: [x[0, encoder.prefix :].numpy() for x in xs] for l, xs in seen.items()}
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(flag, ..., stdin=bytes) -> exit status, stdout, stderr of `python -m tools.embed flag ...` on the CPU."""
-
-    def call(*flags, stdin=b""):
-        monkeypatch.setattr(sys, "argv", [embed.__file__, *map(str, flags), "--device", "cpu"])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run(embed.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
+def call(*flags, stdin=b""):
+    """python -m tools.embed flag ... on the CPU -> exit status, stdout, stderr."""
+    return helpers.call(embed, *flags, "--device", "cpu", stdin=SimpleNamespace(buffer=io.BytesIO(stdin)))
 
 
-def refused(result):
-    """The one line on stderr of a call that ended with status 2 before any progress."""
-    code, out, err = result
-    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
+refused = partial(helpers.refused, silent=True)
 
 
 def written(out):
@@ -151,7 +134,7 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_is_what_the_blocks_put_out_for_each_input_alone(kind, network, tiny, call, tmp_path):
+def test_every_layer_is_what_the_blocks_put_out_for_each_input_alone(kind, network, tiny, tmp_path):
     case = tiny[kind]
     theirs = oracle(kind, case, network)
     for layer in range(4) if network == "student" else (2, 3):
@@ -176,7 +159,7 @@ def test_student_and_teacher_differ(kind, tiny):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_change_nothing(kind, tiny, call, tmp_path):
+def test_batches_change_nothing(kind, tiny, tmp_path):
     case, rows = tiny[kind], {}
     for size in (1, 2, 100):
         out = tmp_path / f"{size}.npy"
@@ -187,7 +170,7 @@ def test_batches_change_nothing(kind, tiny, call, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_near(kind, tiny, call, tmp_path):
+def test_bfloat16_is_near(kind, tiny, tmp_path):
     case = tiny[kind]
     assert call("--init", case.ckpt, case.folder, "--out", tmp_path / "x.npy", "--dtype", "bfloat16")[0] == 0
     rows, theirs = written(tmp_path / "x.npy")[0], [x.mean(0, keepdims=True) for x in oracle(kind, case)[3]]
@@ -195,7 +178,7 @@ def test_bfloat16_is_near(kind, tiny, call, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_finetuned_model_gives_its_encoders_blocks(kind, tiny, call, tmp_path):
+def test_a_finetuned_model_gives_its_encoders_blocks(kind, tiny, tmp_path):
     case = tiny[kind]
     make = {"vision": Classifier, "speech": Recogniser, "text": SentenceClassifier}[kind]
     model = make(copy.deepcopy(case.student.encoder), 5)
@@ -224,7 +207,7 @@ def test_what_the_released_code_computes_comes_out_of_its_files(tmp_path):
     torch.testing.assert_close(pooled @ model["head.weight"].T + model["head.bias"], golden["logits"], rtol=0, atol=1e-5)
 
 
-def test_a_config_may_lack_keys_and_weights_may_not(tiny, call, tmp_path):
+def test_a_config_may_lack_keys_and_weights_may_not(tiny, tmp_path):
     case = tiny["speech"]
     file = torch.load(case.ckpt)
     told = {key: file["config"][key] for key in [*SMALL, "channels", "pos_groups", "pos_width", "deep_norm"]}
@@ -240,7 +223,7 @@ def test_a_config_may_lack_keys_and_weights_may_not(tiny, call, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vision", "speech"])
-def test_inputs_stay_in_the_order_given(kind, tiny, call, tmp_path):
+def test_inputs_stay_in_the_order_given(kind, tiny, tmp_path):
     case = tiny[kind]
     theirs = [x.mean(0, keepdims=True) for x in oracle(kind, case)[3]]
     given = [4, 1, 1, 0]
@@ -251,7 +234,7 @@ def test_inputs_stay_in_the_order_given(kind, tiny, call, tmp_path):
     assert_close(rows, [theirs[i] for i in [*given, 1, 2, 3]])
 
 
-def test_lines_come_from_stdin_too(tiny, call, tmp_path):
+def test_lines_come_from_stdin_too(tiny, tmp_path):
     case = tiny["text"]
     theirs = oracle("text", case)[3]
     lines = "\n".join(reversed(TEXTS)).encode()
@@ -261,13 +244,13 @@ def test_lines_come_from_stdin_too(tiny, call, tmp_path):
     assert_close(rows, [*reversed(theirs), *theirs[2:]])
 
 
-def test_a_progress_bar_counts_inputs_with_their_rate(tiny, call, tmp_path):
+def test_a_progress_bar_counts_inputs_with_their_rate(tiny, tmp_path):
     err = call("--init", tiny["vision"].ckpt, tiny["vision"].folder, "--out", tmp_path / "x.npy")[2]
     assert "5/5" in err and "images/s" in err
 
 
 @pytest.mark.parametrize("kind", ["vision", "speech"])
-def test_bad_files_are_named_and_skipped(kind, tiny, call, tmp_path):
+def test_bad_files_are_named_and_skipped(kind, tiny, tmp_path):
     case, end = tiny[kind], ".png" if kind == "vision" else ".wav"
     folder = tmp_path / "in"
     (folder / "void").mkdir(parents=True)
@@ -293,7 +276,7 @@ def test_bad_files_are_named_and_skipped(kind, tiny, call, tmp_path):
     assert not list(tmp_path.glob("y.*"))
 
 
-def test_bad_lines_are_named_and_skipped(tiny, call, tmp_path):
+def test_bad_lines_are_named_and_skipped(tiny, tmp_path):
     case = tiny["text"]
     long = "x" * 38  # with <s> and </s> exactly what the model has positions for
     lines = [TEXTS[0].encode(), b"", b"\xff\xfe", long.encode(), long.encode() + b"!", b"  ", TEXTS[3].encode()]
@@ -317,7 +300,7 @@ def test_bad_lines_are_named_and_skipped(tiny, call, tmp_path):
 # ---- the files written, and options --------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten(tiny, call, tmp_path):
+def test_nothing_is_overwritten(tiny, tmp_path):
     case = tiny["vision"]
     for name in ("x.npy", "y.tsv"):
         (tmp_path / name).write_text("precious")
@@ -328,7 +311,7 @@ def test_nothing_is_overwritten(tiny, call, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "y.tsv"]
 
 
-def test_a_run_that_is_stopped_leaves_nothing(tiny, call, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_leaves_nothing(tiny, tmp_path, monkeypatch):
     case, calls = tiny["vision"], []
 
     def features(*args, real=embed.features):
@@ -342,13 +325,13 @@ def test_a_run_that_is_stopped_leaves_nothing(tiny, call, tmp_path, monkeypatch)
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_an_out_that_cannot_be_written_is_one_line(tiny, call, tmp_path):
+def test_an_out_that_cannot_be_written_is_one_line(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     case = tiny["vision"]
     assert "file" in refused(call("--init", case.ckpt, case.folder, "--out", tmp_path / "file" / "x.npy"))
 
 
-def test_options_that_cannot_work_are_one_line(tiny, call, tmp_path):
+def test_options_that_cannot_work_are_one_line(tiny, tmp_path):
     case, out = tiny["text"], tmp_path / "x.npy"
     assert ".npy" in refused(call("--init", case.ckpt, case.folder, "--out", tmp_path / "x.npz"))
     assert "--batch_size 0" in refused(call("--init", case.ckpt, case.folder, "--out", out, "--batch_size", 0))
@@ -364,13 +347,13 @@ def test_options_that_cannot_work_are_one_line(tiny, call, tmp_path):
     assert not out.exists()
 
 
-def test_help_says_what_a_layer_is(call):
+def test_help_says_what_a_layer_is():
     code, out, _ = call("--help")
     assert code == 0 and "python -m tools.embed --init" in out and "last residual" in out
     assert "0: the embedding with positions" in " ".join(out.split())
 
 
-def test_what_convert_reads_is_what_counts(tiny, call, tmp_path, monkeypatch):
+def test_what_convert_reads_is_what_counts(tiny, tmp_path, monkeypatch):
     """Hub folders and released files come through convert.read: nothing else is asked of the path."""
     case = tiny["vision"]
     state = json.loads(json.dumps(asdict(case.cfg)))

@@ -1,16 +1,12 @@
 """finetune.py as its users meet it: from a pre-trained file, from scratch, resumed, split, evaluated, asked, misled."""
 
-import contextlib
-import io
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +21,10 @@ import train_speech
 import train_vision
 from data import images
 from model import resize_grid, resize_positions
+from tests import helpers
+from tests.helpers import assert_same, call, checkpoint, done, ended, kill, launch, results, rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(finetune.__file__)
 GOLDEN = Path(__file__).parent / "golden"
 PRETRAIN = """--dim 16 --depth 3 --heads 2 --ffn 32 --top_k 2 --image_size 16 --patch 4 --mask_block 2 --relative true
@@ -41,63 +40,11 @@ def options(*flags):
     return [str(flag) for flag in (flags if "--resume" in flags else [*TINY, *flags])]
 
 
-def call(script, *flags):
-    """python SCRIPT flag ... inside this process, which saves the import of torch -> exit status, stdout, stderr."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-        try:
-            common.run(script.main)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
-    return code, out.getvalue(), err.getvalue()
-
-
 def tune(*flags):
     return call(finetune, *options(*flags))
 
 
-def done(result):
-    """stdout of a run that ended well."""
-    code, out, err = result
-    assert code == 0, f"{out}\n{err}"
-    return out
-
-
-def refused(result):
-    """The one line on stderr of a run that ended with status 2."""
-    code, _, err = result
-    assert code == 2 and err.count("\n") == 1 and err.startswith("finetune.py: ") and "Traceback" not in err, err
-    return err
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(folder, name="ckpt.pt"):
-    return torch.load(folder / name, weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Two nested states hold the same numbers: exactly, or within a tolerance."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key], **tolerance)
-    elif isinstance(ours, list):
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same(one, other, **tolerance)
-    elif isinstance(ours, torch.Tensor):
-        torch.testing.assert_close(ours, theirs, **{"rtol": 0, "atol": 0} | tolerance)
-    else:
-        assert ours == theirs
-
-
+refused = partial(helpers.refused, by="finetune.py: ")
 COLOURS = {"red": (200, 60, 60), "blue": (60, 60, 200)}
 
 
@@ -112,15 +59,6 @@ def write_pictures(root, classes=("blue", "red"), train=12, val=(5, 4)):
                 noise = rng.integers(-40, 41, (20, 24, 3))
                 Image.fromarray((colour + noise).astype(np.uint8)).save(root / split / name / f"{i:02}.png")
     return root
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -613,15 +551,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(pictures, pret
         --mixup 0.8 --cutmix 1 --erasing 0.3""".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     flags = "--data", pictures, "--init", pretrained, *flags
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *options(*flags, "--out", cut)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (cut / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    _, err = process.communicate()
-    assert process.returncode == -9, err
+    kill(launch(SCRIPT, *options(*flags, "--out", cut)), cut)
     stopped_at = checkpoint(cut)["step"]
     assert 10 <= stopped_at < 120 and not (cut / "results.json").exists()
     done(tune("--out", cut, "--resume"))  # every other option comes from its config.json
@@ -731,12 +661,7 @@ def test_micro_batches_train_the_same_run_as_whole_ones(single, split, tmp_path)
 def double(tmp_path_factory, split):
     out = tmp_path_factory.mktemp("runs") / "double"
     flags = options(*split, "--micro_batch", 2, "--out", out)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    return out, process.stdout, process.stderr
+    return out, *ended(launch(SCRIPT, *flags, processes=2))
 
 
 def test_two_processes_train_and_evaluate_the_same_run_as_one(single, double):

@@ -2,25 +2,24 @@
 
 import contextlib
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from test_finetune import assert_same, call, checkpoint, done, refused, results, rows
 
 import common
 import finetune
 import train_speech
 from data import audio, letters
+from tests import helpers
+from tests.helpers import assert_same, call, checkpoint, done, ended, kill, launch, results, rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(finetune.__file__)
 MODEL = dict(channels=8, dim=16, depth=2, heads=2, ffn=32, pos_groups=2, pos_width=15, top_k=2)
 CLASSES = ["has S", "has M", "low, slow voice", "has K"]
@@ -42,6 +41,9 @@ def tune(*flags):
     return call(finetune, *options(*flags))
 
 
+refused = partial(helpers.refused, by="finetune.py: ")
+
+
 def write(folder, waves, transcripts, speakers):
     """LibriSpeech's layout: folder/SPEAKER/7/SPEAKER-7-NNNN.wav, SPEAKER-7.trans.txt -> paths."""
     paths = []
@@ -58,14 +60,6 @@ def write(folder, waves, transcripts, speakers):
 def silence(path):
     """A recording that no scan of headers finds out, only its loading."""
     soundfile.write(path, np.zeros(soundfile.info(path).frames), audio.RATE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -581,15 +575,7 @@ NOISY = "--dropout 0.1 --attn_dropout 0.1 --ffn_dropout 0.1 --head_dropout 0.1 -
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(speech, pretrained, tmp_path):
     flags = "--data", speech, "--init", pretrained, *NOISY, *"--steps 24 --save_every 4 --probe_every 12 --freeze_steps 8".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *options(*flags, "--out", cut)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (cut / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    _, err = process.communicate()
-    assert process.returncode == -9, err
+    kill(launch(SCRIPT, *options(*flags, "--out", cut)), cut)
     assert 4 <= checkpoint(cut)["step"] < 24
     done(tune("--out", cut, "--resume"))
     done(tune(*flags, "--out", whole))
@@ -645,12 +631,7 @@ def split(tmp_path_factory, speech, pretrained):
         runs.append(options(*flags, "--out", tmp / f"{goal}-two"))
         found[goal] = tmp / f"{goal}-one", tmp / f"{goal}-two", Path(damaged).name
     (tmp / "runs.py").write_text(RUNS.format(folder=str(SCRIPT.parent), runs=runs))
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp / "runs.py"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    return found, process.stdout + process.stderr
+    return found, "".join(ended(launch(tmp / "runs.py", processes=2)))
 
 
 @pytest.mark.parametrize("goal, metric", [("letters", "cer"), ("sounds", "map")])

@@ -1,10 +1,8 @@
 """finetune.py on sentences: tasks of GLUE's layouts and of one's own, from a tiny pre-trained text model."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +14,8 @@ import finetune
 import train_text
 from data import glue, text
 from model import SentenceClassifier, text_encoder
-from tests.test_finetune import SCRIPT, assert_same, call, checkpoint, done, refused, results, rows
+from tests import helpers
+from tests.helpers import assert_same, call, checkpoint, done, ended, launch, results, rows
 
 TINY = """--preset glue_small --steps 6 --global_batch 8 --log_every 2 --probe_every 3 --workers 0 --dropout 0 --attn_dropout 0
     --head_dropout 0 --lr 3e-3 --dtype float32 --device cpu""".split()
@@ -25,6 +24,9 @@ MOODS = {"good": ("fine", "great", "lovely"), "bad": ("dull", "awful", "poor")}
 
 def tune(*flags):
     return call(finetune, *(flags if "--resume" in flags else [*TINY, *map(str, flags)]))
+
+
+refused = partial(helpers.refused, by="finetune.py: ")
 
 
 def write_task(folder, header, lines):
@@ -107,9 +109,7 @@ def test_micro_batches_are_the_same_run(data, pretrained, tmp_path):
 def test_two_processes_are_the_same_run_as_one(data, pretrained, tmp_path):
     flags = [*TINY, "--task", "SST-2", "--data", data, "--init", pretrained, "--log_every", 1, "--steps", 3]
     done(call(finetune, *flags, "--out", tmp_path / "one"))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags, "--out", tmp_path / "two"]
-    out = subprocess.run([*map(str, run)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr[-2000:]
+    ended(launch(finetune.__file__, *flags, "--out", tmp_path / "two", processes=2))
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-5)
     assert results(tmp_path / "one")["accuracy"] == results(tmp_path / "two")["accuracy"]

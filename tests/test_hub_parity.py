@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ transformers = pytest.importorskip(
 safetensors = pytest.importorskip("safetensors.torch", reason="reads its folders: pip install -r requirements-dev.txt")
 transformers.utils.logging.disable_progress_bar()
 
-import common  # noqa: E402
 from common import BadInput  # noqa: E402
 from data import audio, glue, images, letters, text  # noqa: E402
 from model import resize_grid, resize_positions  # noqa: E402
+from tests import helpers
 from tools import convert, hub  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -600,24 +601,10 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
         hub.write(vision_state(32), tmp_path / "hub")
 
 
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """tool(flag, ...) -> exit status, stdout, stderr of `python -m tools.convert flag ...`."""
-
-    def tool(*flags):
-        monkeypatch.setattr(sys, "argv", [convert.__file__, *map(str, flags)])
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run(convert.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return tool
+tool = partial(helpers.call, convert)
 
 
-def test_the_tool_says_what_it_recognised_and_writes_either_form(tmp_path, tool):
+def test_the_tool_says_what_it_recognised_and_writes_either_form(tmp_path):
     state = vision_state(32, top_k=2, beta=0.25)
     state["teacher"] = {name: 2 * tensor for name, tensor in state["student"].items() if name.startswith("encoder.")}
     torch.save(state, tmp_path / "ckpt.pt")

@@ -17,7 +17,7 @@ import train_speech
 import train_text
 import train_vision
 from data import images, text
-from tests.test_finetune import call, done, refused
+from tests.helpers import call, done, refused
 from tools import convert
 
 ROOT = Path(__file__).parent.parent

@@ -4,35 +4,15 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 
 import pytest
 
-import common
+from tests import helpers
+from tests.helpers import call
 from tools import plot, table
 
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(plot, flag, ...) -> exit status, stdout, stderr of `python -m tools.plot flag ...`."""
-
-    def call(tool, *flags):
-        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, flags)])
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run(tool.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def refused(result):
-    """The one line on stderr of a tool that ended with status 2."""
-    code, out, err = result
-    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
+refused = partial(helpers.refused, silent=True)
 
 
 def make_run(folder, results=None, metrics=None):
@@ -54,7 +34,7 @@ def cells(out):
 # ---- a table -------------------------------------------------------------------------------------------------------
 
 
-def test_table_has_a_row_a_run_and_a_column_a_key(tmp_path, call):
+def test_table_has_a_row_a_run_and_a_column_a_key(tmp_path):
     a = make_run(tmp_path / "a", {"top1": 0.51249, "best_top1": 0.6, "best_step": 16000, "seconds": 1234.56})
     b = make_run(tmp_path / "b", {"top1": 1, "best_top1": 0.0625, "best_step": 5, "note": "text", "healthy": True})
     code, out, _ = call(table, a, b / "results.json", "--keys", "top1, best_top1,best_step")
@@ -67,13 +47,13 @@ def test_table_has_a_row_a_run_and_a_column_a_key(tmp_path, call):
     assert first[-1] == "1234.6" and second[-1] == "-"
 
 
-def test_table_names_runs_by_what_tells_them_apart(tmp_path, call):
+def test_table_names_runs_by_what_tells_them_apart(tmp_path):
     runs = [make_run(tmp_path / name, {"top1": 0.5}) for name in ("x/run", "y/run")]
     assert [row[0] for row in cells(call(table, *runs)[1])] == ["run", "x/run", "y/run"]
     assert cells(call(table, runs[0])[1])[1][0] == "run"
 
 
-def test_table_averages_the_seeds_of_a_setting(tmp_path, call):
+def test_table_averages_the_seeds_of_a_setting(tmp_path):
     values = {"pre-s0": 0.41, "pre-s1": 0.44, "pre-s12": 0.47, "none-s0": 0.30, "pre-s1-long": 0.5}
     runs = [make_run(tmp_path / name, {"top1": value, "images": 100}) for name, value in values.items()]
     make_run(tmp_path / "none-s1", {"images": 101})
@@ -87,7 +67,7 @@ def test_table_averages_the_seeds_of_a_setting(tmp_path, call):
     assert cells(call(table, *runs[:3], "--group", r"^pre(?=-)")[1])[1][0] == "-s0"
 
 
-def test_table_says_in_one_line_what_it_cannot_read(tmp_path, call):
+def test_table_says_in_one_line_what_it_cannot_read(tmp_path):
     good = make_run(tmp_path / "good", {"top1": 0.5, "top5": 0.9})
     unfinished = make_run(tmp_path / "unfinished", metrics=[{"step": 1}])
     assert "unfinished" in refused(call(table, good, unfinished))
@@ -119,7 +99,7 @@ def test_curves_of_a_run_that_goes_on_leave_out_its_half_written_line(tmp_path):
     assert plot.read_curves(run / "metrics.jsonl")["loss"] == {1: 1.0, 10: 0.5, 20: 0.75}
 
 
-def test_plot_says_in_one_line_what_it_cannot_read(tmp_path, call):
+def test_plot_says_in_one_line_what_it_cannot_read(tmp_path):
     good = make_run(tmp_path / "good", metrics=ROWS)
     out = tmp_path / "curves.svg"
     assert "nowhere" in refused(call(plot, good, tmp_path / "nowhere", "--out", out))
@@ -139,7 +119,7 @@ def test_plot_says_in_one_line_what_it_cannot_read(tmp_path, call):
     assert not out.exists()
 
 
-def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, call, monkeypatch):
+def test_plot_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run = make_run(tmp_path / "run", metrics=ROWS)
     assert "requirements-dev.txt" in refused(call(plot, run, "--out", tmp_path / "curves.svg"))
@@ -164,7 +144,7 @@ def drawn_lines(monkeypatch):
     return seen
 
 
-def test_plot_draws_a_panel_a_key_and_a_line_a_run(tmp_path, call, monkeypatch):
+def test_plot_draws_a_panel_a_key_and_a_line_a_run(tmp_path, monkeypatch):
     seen = drawn_lines(monkeypatch)
     a = make_run(tmp_path / "a", {"probe_start": 0.1}, ROWS)
     b = make_run(tmp_path / "b", metrics=[{"step": 5, "loss": 2.0, "lr": 1e-3}])
@@ -181,7 +161,7 @@ def test_plot_draws_a_panel_a_key_and_a_line_a_run(tmp_path, call, monkeypatch):
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_gives_the_same_bytes_for_the_same_runs(tmp_path, call):
+def test_plot_gives_the_same_bytes_for_the_same_runs(tmp_path):
     pytest.importorskip("matplotlib", reason=NEEDED)
     run = make_run(tmp_path / "run", metrics=ROWS)
     for suffix in ("svg", "png"):
@@ -192,7 +172,7 @@ def test_plot_gives_the_same_bytes_for_the_same_runs(tmp_path, call):
     assert str(tmp_path) not in (tmp_path / "0.svg").read_text()
 
 
-def test_plot_of_a_folder_that_cannot_be_written_is_one_line(tmp_path, call):
+def test_plot_of_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     pytest.importorskip("matplotlib", reason=NEEDED)
     (tmp_path / "file").write_text("")
     run = make_run(tmp_path / "run", metrics=ROWS)
@@ -200,6 +180,6 @@ def test_plot_of_a_folder_that_cannot_be_written_is_one_line(tmp_path, call):
 
 
 @pytest.mark.parametrize("tool", [plot, table], ids=["plot", "table"])
-def test_help_shows_how_to_call_it(tool, call):
+def test_help_shows_how_to_call_it(tool):
     code, out, _ = call(tool, "--help")
     assert code == 0 and f"python -m tools.{tool.__name__.removeprefix('tools.')} runs/" in out and "--keys" in out

@@ -1,15 +1,11 @@
 """train_speech.py as its users meet it: run, killed, resumed, split over processes, begun from a checkpoint, misled."""
 
-import contextlib
-import io
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +19,10 @@ import train_vision
 from data import audio
 from masking import span_mask
 from model import CONVS, Encoder, Teacher, WaveEmbed
+from tests import helpers
+from tests.helpers import assert_same, call, checkpoint, ended, kill, launch, results, rows, told, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(train_speech.__file__)
 LIMIT = 64_000  # samples of a micro-batch: 1 to 3 of the utterances below
 TINY = f"""--channels 8 --dim 16 --depth 2 --heads 2 --ffn 32 --pos_groups 2 --pos_width 15 --top_k 2 --max_seconds 4
@@ -39,75 +38,10 @@ def options(*flags):
 
 
 def train(*flags):
-    """python train_speech.py inside this process, which saves the import of torch -> exit status, stdout, stderr."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["train_speech.py", *options(*flags)])
-        try:
-            common.run(train_speech.main)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
-    return code, out.getvalue(), err.getvalue()
+    return call(train_speech, *options(*flags))
 
 
-def done(result):
-    """stdout and stderr of a run that ended well."""
-    code, out, err = result
-    assert code == 0, f"{out}\n{err}"
-    return out + err
-
-
-def refused(result):
-    """The one line on stderr of a run that ended with status 2."""
-    code, _, err = result
-    assert code == 2 and err.count("\n") == 1 and err.startswith("train_speech.py: ") and "Traceback" not in err, err
-    return err
-
-
-def start(*flags, script=SCRIPT, processes=1):
-    """Starts `python train_speech.py`, or torchrun's equivalent."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, script, *options(*flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Two nested states hold the same numbers: exactly, or within a tolerance."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key], **tolerance)
-    elif isinstance(ours, torch.Tensor):
-        torch.testing.assert_close(ours, theirs, **{"rtol": 0, "atol": 0} | tolerance)
-    else:
-        assert ours == theirs
+refused = partial(helpers.refused, by="train_speech.py: ")
 
 
 # ---- a little LibriSpeech ------------------------------------------------------------------------------------------
@@ -158,7 +92,7 @@ def damaged(tmp_path_factory, mute, said):
 def finished(tmp_path_factory, speech):
     """One whole run -> its folder and what it said. Tests that go on from it work on a copy."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return out, done(train("--data", speech, "--out", out, "--probe_every", 2))
+    return out, told(train("--data", speech, "--out", out, "--probe_every", 2))
 
 
 @pytest.fixture
@@ -217,7 +151,7 @@ def test_the_checkpoint_holds_all_of_the_state_as_plain_data(finished):
 
 
 def test_speed_is_counted_in_seconds_and_in_utterances(said, mute, tmp_path):
-    done(train("--data", mute, "--out", tmp_path / "run", "--steps", 2, "--log_every", 2, "--pad"))
+    told(train("--data", mute, "--out", tmp_path / "run", "--steps", 2, "--log_every", 2, "--pad"))
     for row, lots in zip(rows(tmp_path / "run"), (keys(said, 2)[:2], keys(said, 2)[2:4]), strict=True):
         seconds = [said[0].lengths[i] / audio.RATE for *_, lot in lots for i in lot]
         assert row["audio_s_per_s"] / row["samples_per_s"] == pytest.approx(np.mean(seconds))
@@ -231,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(finished, speech):
 
 def test_resuming_a_finished_run_is_harmless(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    assert "step 0:" in done(train("--out", folder, "--resume"))
+    assert "step 0:" in told(train("--out", folder, "--resume"))
     for part in ("student", "teacher", "optimizer", "step"):
         assert_same(checkpoint(folder)[part], checkpoint(finished[0])[part])
     assert rows(folder) == rows(finished[0])
@@ -243,12 +177,12 @@ def test_without_a_folder_speech_is_made_and_every_switch_of_the_method_runs(tmp
     monkeypatch.setattr(audio, "made_speech", lambda: said)
     flags = "--target block --norm layer --final_norm layer --beta 0.25 --window 5 --deep_norm --share_positions false --pad"
     flags += " --schedule cosine --clip 1 --dtype bfloat16 --workers 1 --steps 2 --seed 3"
-    assert "24 training utterances" in done(train(*flags.split(), "--out", tmp_path / "run"))
+    assert "24 training utterances" in told(train(*flags.split(), "--out", tmp_path / "run"))
     assert results(tmp_path / "run").keys() >= {"explained_end", "probe_end", "teacher_probe_end"}
 
 
 def test_without_transcripts_there_is_no_probe(mute, tmp_path):
-    assert "no probe" in done(train("--data", mute, "--out", tmp_path / "run", "--steps", 1))
+    assert "no probe" in told(train("--data", mute, "--out", tmp_path / "run", "--steps", 1))
     assert results(tmp_path / "run").keys() >= {"explained_start", "explained_end"}
     assert not any("probe" in name for name in [*results(tmp_path / "run"), *rows(tmp_path / "run")[0]])
 
@@ -263,13 +197,13 @@ def test_the_probe_reads_whole_utterances_with_their_own_transcripts(said, speec
 
     monkeypatch.setattr(train_speech, "fit_ctc", fit_ctc)
     flags = "--max_seconds", 1.5, "--probe_utterances", 24, *STILL
-    done(train("--data", speech, "--out", tmp_path / "run", *flags))
+    told(train("--data", speech, "--out", tmp_path / "run", *flags))
     short = [i for i, n in enumerate(said[0].lengths) if n <= 1.5 * audio.RATE]
     assert 4 < len(short) < 20 and len(seen) == 4, "student and teacher, before and after"
     for x, texts in seen:
         pairs = sorted((frames(said[0].lengths[i]), len(said[0].transcripts[i]) + 1) for i in short)
         assert sorted((len(u), len(text)) for u, text in zip(x, texts, strict=True)) == pairs
-    done(train("--data", speech, "--out", tmp_path / "none", "--max_seconds", 0.5, *STILL))
+    told(train("--data", speech, "--out", tmp_path / "none", "--max_seconds", 0.5, *STILL))
     assert "probe_end" not in results(tmp_path / "none")
 
 
@@ -312,7 +246,7 @@ def naive_loss(student, teacher, batch, pad):
 def test_the_loss_is_that_of_a_naive_recomputation(said, mute, finished, tmp_path, pad):
     """One step of two micro-batches, from a checkpoint whose student and teacher differ."""
     flags = "--init", finished[0] / "ckpt.pt", "--pad", pad, *STILL
-    done(train("--data", mute, "--out", tmp_path / "run", *flags))
+    told(train("--data", mute, "--out", tmp_path / "run", *flags))
     state = checkpoint(tmp_path / "run")
     student = train_speech.build(train_speech.Config(**state["config"]))
     student.load_state_dict(state["student"])
@@ -342,7 +276,7 @@ def test_the_convolutions_run_once_and_the_teacher_gets_their_content_unmasked(m
         return real(self, input, valid, content)
 
     monkeypatch.setattr(Teacher, "forward", forward)
-    done(train("--data", mute, "--out", tmp_path / "run", "--steps", 3, "--layer_drop", 0.3, "--dropout", 0.1))
+    told(train("--data", mute, "--out", tmp_path / "run", "--steps", 3, "--layer_drop", 0.3, "--dropout", 0.1))
     assert sum(training for training, _ in embedded) == 3 * 2, "steps x micro-batches"
     assert len(taught) == len(embedded), "none but the student's"
     for (content, x), (_, made) in zip(taught, embedded, strict=True):
@@ -359,7 +293,7 @@ def test_the_teacher_moves_once_an_update_and_shares_what_it_should(mute, tmp_pa
         moves.append((before, weights(encoder), weights(self.encoder), tau))
 
     monkeypatch.setattr(Teacher, "update", update)
-    done(train("--data", mute, "--out", tmp_path / "run", "--share_positions", share_positions))
+    told(train("--data", mute, "--out", tmp_path / "run", "--share_positions", share_positions))
     assert [tau for *_, tau in moves] == pytest.approx([0.93, 0.96, 0.99, 0.99])
     assert [row["tau"] for row in rows(tmp_path / "run")] == [tau for *_, tau in moves]
     shared = ("embed.content.", "embed.positions.") if share_positions else ("embed.content.",)
@@ -379,15 +313,10 @@ def test_the_teacher_moves_once_an_update_and_shares_what_it_should(mute, tmp_pa
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(mute, tmp_path):
     flags = "--steps 30 --save_every 3 --dropout 0.2 --attn_dropout 0.1 --ffn_dropout 0.1 --layer_drop 0.3 --workers 2 --pad".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = start(*flags, "--data", mute, "--out", cut)
-    while not (cut / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    stopped_at = checkpoint(cut)["step"]
-    assert process.returncode == -9 and 3 <= stopped_at < 30 and not (cut / "results.json").exists()
-    done(train(*flags, "--data", mute, "--out", whole))
-    done(train("--out", cut, "--resume"))  # every other option comes from its config.json
+    kill(launch(SCRIPT, *options(*flags, "--data", mute, "--out", cut)), cut)
+    assert 3 <= checkpoint(cut)["step"] < 30 and not (cut / "results.json").exists()
+    told(train(*flags, "--data", mute, "--out", whole))
+    told(train("--out", cut, "--resume"))  # every other option comes from its config.json
     ours, theirs = checkpoint(cut), checkpoint(whole)
     for part in ("student", "teacher", "optimizer", "step"):
         assert_same(ours[part], theirs[part])
@@ -406,13 +335,13 @@ def test_an_interrupted_run_can_be_ended_where_it_stands(mute, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(common, "save", save_then_stop)
         assert train("--data", mute, "--out", tmp_path / "run", "--save_every", 2)[0] == 130
-    done(train("--out", tmp_path / "run", "--resume", "--steps", 2))
+    told(train("--out", tmp_path / "run", "--resume", "--steps", 2))
     assert results(tmp_path / "run").keys() >= {"explained_end"} and checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_a_resumed_run_takes_a_new_weight_decay_and_beta2(finished, tmp_path, mute):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    done(train("--out", folder, "--resume", "--data", mute, "--steps", 5, "--weight_decay", 0.3, "--beta2", 0.9))
+    told(train("--out", folder, "--resume", "--data", mute, "--steps", 5, "--weight_decay", 0.3, "--beta2", 0.9))
     (group,) = checkpoint(folder)["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["betas"]) == (0.3, (0.9, 0.9))
 
@@ -439,10 +368,7 @@ def drop_by_content():
 
 def together(*flags, out, data, script=SCRIPT):
     """Two processes by torchrun -> the run's folder, stdout, stderr."""
-    process = start(*SPLIT, *flags, "--data", data, "--out", out, script=script, processes=2)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{said}\n{err}"
-    return out, said, err
+    return out, *ended(launch(script, *options(*SPLIT, *flags, "--data", data, "--out", out), processes=2))
 
 
 def assert_quiet(err):
@@ -468,7 +394,7 @@ def assert_same_run(ours, theirs):
 
 
 def test_two_processes_train_the_same_run_as_one(damaged, double, tmp_path):
-    done(train(*SPLIT, "--data", damaged[0], "--out", tmp_path / "single"))
+    told(train(*SPLIT, "--data", damaged[0], "--out", tmp_path / "single"))
     assert_same_run(double[0], tmp_path / "single")
     ours, theirs = results(double[0]), results(tmp_path / "single")
     assert ours["explained_end"] == pytest.approx(theirs["explained_end"], abs=1e-4)
@@ -488,7 +414,7 @@ def test_two_processes_train_the_same_padded_run_with_layer_drop(said, mute, tmp
     )
     assert_quiet(together(*DROP, out=tmp_path / "double", data=mute, script=script)[2])
     monkeypatch.setattr(Encoder, "transform", drop_by_content())
-    done(train(*SPLIT, *DROP, "--data", mute, "--out", tmp_path / "single"))
+    told(train(*SPLIT, *DROP, "--data", mute, "--out", tmp_path / "single"))
     assert_same_run(tmp_path / "double", tmp_path / "single")
 
 
@@ -512,7 +438,7 @@ def test_a_damaged_recording_that_only_the_second_process_meets_is_named_and_cou
 
 
 def test_init_takes_student_and_teacher_and_starts_the_schedule_again(finished, speech, tmp_path):
-    done(train("--data", speech, "--init", finished[0] / "ckpt.pt", *STILL, "--out", tmp_path / "run"))
+    told(train("--data", speech, "--init", finished[0] / "ckpt.pt", *STILL, "--out", tmp_path / "run"))
     ours, theirs, numbers = checkpoint(tmp_path / "run"), checkpoint(finished[0]), results(tmp_path / "run")
     assert ours["step"] == 1 and rows(tmp_path / "run")[0]["step"] == 1
     assert_same(ours["student"], theirs["student"])
@@ -524,7 +450,7 @@ def test_init_takes_student_and_teacher_and_starts_the_schedule_again(finished, 
 
 def test_init_can_make_the_teacher_a_copy_of_the_student(finished, mute, tmp_path):
     flags = "--data", mute, "--init", finished[0] / "ckpt.pt", "--init_teacher", "student", *STILL
-    done(train(*flags, "--out", tmp_path / "run"))
+    told(train(*flags, "--out", tmp_path / "run"))
     ours, theirs = checkpoint(tmp_path / "run"), checkpoint(finished[0])
     assert_same(ours["teacher"], {name: theirs["student"][name] for name in theirs["teacher"]})
 
@@ -562,7 +488,7 @@ def test_resuming_from_a_damaged_checkpoint_is_one_line(finished, tmp_path):
 
 
 def test_a_damaged_recording_is_named_once_counted_and_passed_over(damaged, tmp_path):
-    said = done(train("--data", damaged[0], "--out", tmp_path / "run", "--steps", 24, "--log_every", 2))
+    said = told(train("--data", damaged[0], "--out", tmp_path / "run", "--steps", 24, "--log_every", 2))
     assert said.count(damaged[1]) == 1, "met in each of 3 epochs"
     assert results(tmp_path / "run")["skipped_files"] == 1
 
@@ -602,7 +528,7 @@ def test_a_collapsed_run_stops_and_says_what_to_try(mute, tmp_path):
     assert code == 1 and "\nstep 2: collapsed, pred_std" in err and "Traceback" not in err, "on a line of its own"
     assert "--tau_0" in err and "--guard_after" in err
     assert [row["step"] for row in rows(tmp_path / "a")] == [1] and not (tmp_path / "a" / "results.json").exists()
-    done(train(*flags, "--guard_after", -1, "--out", tmp_path / "b"))
+    told(train(*flags, "--guard_after", -1, "--out", tmp_path / "b"))
     code, _, err = train("--data", mute, "--guard_after", 0, "--min_target_std", 100, "--out", tmp_path / "c")
     assert code == 1 and "collapsed, target_std" in err
 

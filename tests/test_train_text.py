@@ -1,16 +1,11 @@
 """train_text.py as its users meet it: run, killed, resumed, split over processes, begun from a checkpoint, misled."""
 
-import contextlib
-import io
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +18,10 @@ from data import glue, text
 from masking import bert_mask, span_mask_tokens
 from model import Student, Teacher
 from targets import linear_probe, top_k_average
+from tests import helpers
+from tests.helpers import assert_same, call, checkpoint, ended, kill, launch, results, rows, told, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(train_text.__file__)
 TINY = """--dim 16 --depth 2 --heads 2 --ffn 32 --max_tokens 32 --top_k 2 --probe_blocks 20 --eval_blocks 10 --global_batch 8
     --micro_batch 4 --steps 4 --log_every 1 --save_every 0 --probe_every 0 --workers 0 --lr 2e-3 --warmup 0 --decay 0.3
@@ -36,80 +34,11 @@ def options(*flags):
     return [str(flag) for flag in (flags if "--resume" in flags else [*TINY, *flags])]
 
 
-def call(script, *flags):
-    """python SCRIPT flag ... inside this process, which saves the import of torch -> exit status, stdout, stderr."""
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-        try:
-            common.run(script.main)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
-    return code, out.getvalue(), err.getvalue()
-
-
 def train(*flags):
     return call(train_text, *options(*flags))
 
 
-def done(result):
-    """stdout and stderr of a run that ended well."""
-    code, out, err = result
-    assert code == 0, f"{out}\n{err}"
-    return out + err
-
-
-def refused(result):
-    """The one line on stderr of a run that ended with status 2."""
-    code, _, err = result
-    assert code == 2 and err.count("\n") == 1 and err.startswith("train_text.py: ") and "Traceback" not in err, err
-    return err
-
-
-def start(*flags, processes=1):
-    """Starts `python train_text.py`, or torchrun's equivalent."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *options(*flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def weights(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Two nested states hold the same numbers: exactly, or within a tolerance."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key], **tolerance)
-    elif isinstance(ours, torch.Tensor):
-        torch.testing.assert_close(ours, theirs, **{"rtol": 0, "atol": 0} | tolerance)
-    else:
-        assert ours == theirs
+refused = partial(helpers.refused, by="train_text.py: ")
 
 
 # ---- a little library ----------------------------------------------------------------------------------------------
@@ -158,7 +87,7 @@ def spans(ids, vocabulary, rng):
 def finished(tmp_path_factory, library):
     """One whole run -> its folder and what it said. Tests that go on from it work on a copy."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return out, done(train("--data", library, "--out", out, "--probe_every", 2))
+    return out, told(train("--data", library, "--out", out, "--probe_every", 2))
 
 
 def rebuilt(state, **changes):
@@ -212,7 +141,7 @@ def test_a_labelled_task_is_probed_on_mean_features_without_padding(library, tmp
     for split, count in ("train", 120), ("dev", 60):
         lines = [f"{' '.join(rng.choices(words[i % 2], k=rng.randint(2, 12)))}\t{'ab'[i % 2]}" for i in range(count)]
         (home / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]) + ("one column\n" if split == "dev" else ""))
-    said = done(train("--data", library, "--out", tmp_path / "run", "--probe_data", home, "--probe_every", 2))
+    said = told(train("--data", library, "--out", tmp_path / "run", "--probe_data", home, "--probe_every", 2))
     assert f"{home}/dev.tsv line 62: 1 columns instead of 2: left out" in said
     numbers, names = results(tmp_path / "run"), ("task_probe", "teacher_task_probe")
     assert all(0.8 < numbers[f"{name}_{when}"] <= 1 for name in names for when in ("start", "end"))
@@ -242,7 +171,7 @@ def test_the_checkpoint_holds_all_of_the_state_as_plain_data(finished):
 
 
 def test_speed_is_counted_in_tokens_without_padding_and_in_sequences(library, tmp_path):
-    done(train("--data", library, "--out", tmp_path / "run", "--steps", 1))
+    told(train("--data", library, "--out", tmp_path / "run", "--steps", 1))
     (row,) = rows(tmp_path / "run")
     batches = batches_of(library, singles)
     assert len({len(ids[ids != text.PAD]) for batch in batches for ids in batch["tokens"]}) > 2, "sequences differ in length"
@@ -258,7 +187,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(finished, library):
 
 def test_resuming_a_finished_run_is_harmless(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    assert "step 0:" in done(train("--out", folder, "--resume"))
+    assert "step 0:" in told(train("--out", folder, "--resume"))
     for part in ("student", "teacher", "optimizer", "step"):
         assert_same(checkpoint(folder)[part], checkpoint(finished[0])[part])
     assert rows(folder) == rows(finished[0])
@@ -270,15 +199,15 @@ def test_without_a_folder_text_is_made_and_every_switch_of_the_method_runs(libra
     monkeypatch.setattr(text, "made_corpus", lambda: text.open_corpus(str(library)))
     flags = "--target block --norm instance --final_norm layer --beta 0.25 --window 5 --share_embedding false --mask_p 0.35"
     flags += " --mask_span 4 --schedule cosine --clip 1 --dtype bfloat16 --workers 1 --steps 2 --seed 3 --head_layers 1"
-    assert "training and" in done(train(*flags.split(), "--out", tmp_path / "run"))
+    assert "training and" in told(train(*flags.split(), "--out", tmp_path / "run"))
     assert results(tmp_path / "run").keys() >= {"explained_end", "probe_end", "teacher_probe_end"}
 
 
 def test_plain_text_is_prepared_once(tmp_path):
     (tmp_path / "data").mkdir()
     write_library(tmp_path, 0).rename(tmp_path / "data" / "train.txt")
-    assert "prepared into" in done(train("--data", tmp_path / "data", "--out", tmp_path / "a", *STILL))
-    assert "prepared into" not in done(train("--data", tmp_path / "data", "--out", tmp_path / "b", *STILL))
+    assert "prepared into" in told(train("--data", tmp_path / "data", "--out", tmp_path / "a", *STILL))
+    assert "prepared into" not in told(train("--data", tmp_path / "data", "--out", tmp_path / "b", *STILL))
     assert (tmp_path / "a" / "vocab").read_text() == (tmp_path / "b" / "vocab").read_text()
 
 
@@ -309,7 +238,7 @@ def naive_loss(student, teacher, batch, beta=4.0):
 def test_the_loss_is_that_of_a_naive_recomputation(library, finished, tmp_path, masker):
     """One step of two micro-batches, from a checkpoint whose student and teacher differ."""
     flags = [] if masker is singles else "--mask_p 0.35 --mask_span 4".split()
-    done(train("--data", library, "--out", tmp_path / "run", "--init", finished[0] / "ckpt.pt", *STILL, "--beta", 0.5, *flags))
+    told(train("--data", library, "--out", tmp_path / "run", "--init", finished[0] / "ckpt.pt", *STILL, "--beta", 0.5, *flags))
     student, teacher = rebuilt(checkpoint(tmp_path / "run"))
     batches = batches_of(library, masker)
     (total, other), (count, fewer) = zip(*(naive_loss(student, teacher, batch, 0.5) for batch in batches))
@@ -334,7 +263,7 @@ def test_the_teacher_gets_the_full_text_and_the_student_the_corrupted_one(librar
 
     monkeypatch.setattr(Teacher, "forward", teach)
     monkeypatch.setattr(Student, "forward", learn)
-    done(train("--data", library, "--out", tmp_path / "run", *STILL))
+    told(train("--data", library, "--out", tmp_path / "run", *STILL))
     expected = batches_of(library, singles)
     mask_id = text.open_corpus(str(library))[2].mask
     assert len(learned) == 2, "one pass a micro-batch"
@@ -376,7 +305,7 @@ def test_the_teacher_moves_once_an_update_and_shares_what_it_should(library, tmp
         moves.append((before, weights(encoder), weights(self.encoder), tau))
 
     monkeypatch.setattr(Teacher, "update", update)
-    done(train("--data", library, "--out", tmp_path / "run", "--share_embedding", share))
+    told(train("--data", library, "--out", tmp_path / "run", "--share_embedding", share))
     (before, theta, after, tau), *moves = moves
     assert tau == 1 and before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in after), "at the start"
     assert [tau for *_, tau in moves] == pytest.approx([0.93, 0.96, 0.99, 0.99])
@@ -397,7 +326,7 @@ def test_the_teacher_moves_once_an_update_and_shares_what_it_should(library, tmp
 def test_masked_language_modelling_learns_a_toy_corpus(library, tmp_path):
     """The comparison: the same model, masks and probe, without anything to be explained."""
     flags = "--objective mlm --steps 60 --lr 1e-2 --log_every 5 --beta2 0.98 --guard_after 1 --min_pred_std 100".split()
-    done(train("--data", library, "--out", tmp_path / "run", *flags))
+    told(train("--data", library, "--out", tmp_path / "run", *flags))
     losses, numbers = [row["loss"] for row in rows(tmp_path / "run")], results(tmp_path / "run")
     assert all("pred_std" in row and "target_std" not in row for row in rows(tmp_path / "run"))
     assert losses[0] == pytest.approx(math.log(400), rel=0.1), "the entropy of knowing nothing"
@@ -408,13 +337,13 @@ def test_masked_language_modelling_learns_a_toy_corpus(library, tmp_path):
 
 def test_masked_language_modelling_never_runs_the_teacher_which_only_averages(library, tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "forward", lambda *_: pytest.fail("the teacher ran"))
-    done(train("--data", library, "--out", tmp_path / "run", "--objective", "mlm"))
+    told(train("--data", library, "--out", tmp_path / "run", "--objective", "mlm"))
     state = checkpoint(tmp_path / "run")
     assert not torch.equal(state["teacher"]["encoder.blocks.0.fc1.weight"], state["student"]["encoder.blocks.0.fc1.weight"])
 
 
 def test_the_loss_of_masked_language_modelling_is_a_mean_over_all_selected_tokens(library, tmp_path):
-    done(train("--data", library, "--out", tmp_path / "run", "--objective", "mlm", *STILL))
+    told(train("--data", library, "--out", tmp_path / "run", "--objective", "mlm", *STILL))
     student, _ = rebuilt(checkpoint(tmp_path / "run"))
     losses = []
     for batch in batches_of(library, singles):
@@ -431,15 +360,10 @@ def test_the_loss_of_masked_language_modelling_is_a_mean_over_all_selected_token
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(library, tmp_path):
     flags = "--steps 30 --save_every 3 --dropout 0.2 --attn_dropout 0.1 --workers 1".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = start(*flags, "--data", library, "--out", cut)
-    while not (cut / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    stopped_at = checkpoint(cut)["step"]
-    assert process.returncode == -9 and 3 <= stopped_at < 30 and not (cut / "results.json").exists()
-    done(train(*flags, "--data", library, "--out", whole))
-    done(train("--out", cut, "--resume"))  # every other option comes from its config.json
+    kill(launch(SCRIPT, *options(*flags, "--data", library, "--out", cut)), cut)
+    assert 3 <= checkpoint(cut)["step"] < 30 and not (cut / "results.json").exists()
+    told(train(*flags, "--data", library, "--out", whole))
+    told(train("--out", cut, "--resume"))  # every other option comes from its config.json
     ours, theirs = checkpoint(cut), checkpoint(whole)
     for part in ("student", "teacher", "optimizer", "step"):
         assert_same(ours[part], theirs[part])
@@ -458,13 +382,13 @@ def test_an_interrupted_run_can_be_ended_where_it_stands(library, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(common, "save", save_then_stop)
         assert train("--data", library, "--out", tmp_path / "run", "--save_every", 2)[0] == 130
-    done(train("--out", tmp_path / "run", "--resume", "--steps", 2))
+    told(train("--out", tmp_path / "run", "--resume", "--steps", 2))
     assert results(tmp_path / "run").keys() >= {"explained_end"} and checkpoint(tmp_path / "run")["step"] == 2
 
 
 def test_a_resumed_run_takes_a_new_weight_decay_and_beta2(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    done(train("--out", folder, "--resume", "--steps", 5, "--weight_decay", 0.3, "--beta2", 0.9))
+    told(train("--out", folder, "--resume", "--steps", 5, "--weight_decay", 0.3, "--beta2", 0.9))
     (group,) = checkpoint(folder)["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["betas"]) == (0.3, (0.9, 0.9))
 
@@ -478,16 +402,13 @@ SPLIT = "--steps 3 --global_batch 16".split()  # 4 micro-batches an update, 2 fo
 def double(tmp_path_factory, library):
     """Two processes by torchrun -> the run's folder, stdout, stderr."""
     out = tmp_path_factory.mktemp("runs") / "double"
-    process = start(*SPLIT, "--data", library, "--out", out, processes=2)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{said}\n{err}"
-    return out, said, err
+    return out, *ended(launch(SCRIPT, *options(*SPLIT, "--data", library, "--out", out), processes=2))
 
 
 def test_two_processes_train_the_same_run_as_one(library, double, tmp_path):
     hidden = [batch["mask"].sum().item() for batch in batches_of(library, singles, count=16, parts=4)]
     assert hidden[0] + hidden[2] != hidden[1] + hidden[3], "the processes hide unequal numbers of tokens"
-    done(train(*SPLIT, "--data", library, "--out", tmp_path / "single"))
+    told(train(*SPLIT, "--data", library, "--out", tmp_path / "single"))
     assert len(rows(double[0])) == 3
     for row, expected in zip(rows(double[0]), rows(tmp_path / "single"), strict=True):
         for name in ("loss", "grad_norm"):
@@ -517,7 +438,7 @@ def test_two_processes_keep_a_random_state_each(double):
 
 
 def test_init_takes_student_and_teacher_and_starts_the_schedule_again(finished, library, tmp_path):
-    done(train("--data", library, "--init", finished[0] / "ckpt.pt", *STILL, "--out", tmp_path / "run"))
+    told(train("--data", library, "--init", finished[0] / "ckpt.pt", *STILL, "--out", tmp_path / "run"))
     ours, theirs, numbers = checkpoint(tmp_path / "run"), checkpoint(finished[0]), results(tmp_path / "run")
     assert ours["step"] == 1 and rows(tmp_path / "run")[0]["step"] == 1
     assert_same(ours["student"], theirs["student"])
@@ -529,7 +450,7 @@ def test_init_takes_student_and_teacher_and_starts_the_schedule_again(finished, 
 
 def test_init_can_make_the_teacher_a_copy_of_the_student(finished, library, tmp_path):
     flags = "--data", library, "--init", finished[0] / "ckpt.pt", "--init_teacher", "student", *STILL
-    done(train(*flags, "--out", tmp_path / "run"))
+    told(train(*flags, "--out", tmp_path / "run"))
     ours, theirs = checkpoint(tmp_path / "run"), checkpoint(finished[0])
     assert_same(ours["teacher"], {name: theirs["student"][name] for name in theirs["teacher"]})
 
@@ -553,14 +474,14 @@ def test_shared_embeddings_are_the_students_from_the_first_batch_on(finished, li
     for share in (True, False):
         equal.clear()
         flags = "--init", tmp_path / "averaged.pt", "--share_embedding", share, *STILL
-        done(train("--data", library, "--out", tmp_path / f"run-{share}", *flags))
+        told(train("--data", library, "--out", tmp_path / f"run-{share}", *flags))
         assert set(equal) == {share}
 
 
 def test_init_with_what_does_not_fit_is_one_line(finished, library, tmp_path):
     """And leaves the run's folder to the next attempt."""
     flags = "--dim 16 --depth 2 --heads 2 --ffn 32 --top_k 2 --image_size 16 --patch 4 --mask_block 2 --steps 1 --workers 0"
-    done(call(train_vision, *flags.split(), "--device", "cpu", "--out", tmp_path / "vision"))
+    told(call(train_vision, *flags.split(), "--device", "cpu", "--out", tmp_path / "vision"))
     torch.save({"w": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save(checkpoint(finished[0]) | {"classes": ["A"]}, tmp_path / "tuned.pt")
     fine = finished[0] / "ckpt.pt"
@@ -626,7 +547,7 @@ def test_a_collapsed_run_stops_and_says_what_to_try(library, tmp_path):
     assert code == 1 and "\nstep 2: collapsed, pred_std" in err and "Traceback" not in err, "on a line of its own"
     assert "--tau_0" in err and "--guard_after" in err
     assert [row["step"] for row in rows(tmp_path / "a")] == [1] and not (tmp_path / "a" / "results.json").exists()
-    done(train(*flags, "--guard_after", -1, "--out", tmp_path / "b"))
+    told(train(*flags, "--guard_after", -1, "--out", tmp_path / "b"))
     code, _, err = train("--data", library, "--guard_after", 0, "--min_target_std", 100, "--out", tmp_path / "c")
     assert code == 1 and "collapsed, target_std" in err
 

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,10 @@ import train_vision
 from data import images
 from model import resize_grid, resize_positions
 from targets import regression_loss
+from tests import helpers
+from tests.helpers import assert_same, checkpoint, ended, kill, launch, results, rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(train_vision.__file__)
 TINY = """--dim 16 --depth 2 --heads 2 --ffn 32 --top_k 2 --image_size 16 --patch 4 --mask_block 2 --relative true
     --learned_std 0 --global_batch 8 --steps 6 --log_every 2 --warmup 2 --workers 0 --probe_images 100 --eval_images 50
@@ -32,30 +33,12 @@ def options(*flags):
     return [str(flag) for flag in (flags if "--resume" in flags else [*TINY, *flags])]
 
 
-def start(*flags, processes=1):
-    """Starts `python train_vision.py`, or torchrun's equivalent."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *options(*flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+refused = partial(helpers.refused, by="train_vision.py: ")
 
 
 def train(*flags, processes=1, status=0):
     """Runs it to its end -> stdout, stderr."""
-    process = start(*flags, processes=processes)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, f"{out}\n{err}"
-    return out, err
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return ended(launch(SCRIPT, *options(*flags), processes=processes), status)
 
 
 @pytest.fixture
@@ -73,37 +56,6 @@ def main(monkeypatch, capfd):
         return code, *capfd.readouterr()
 
     return call
-
-
-def refused(result):
-    """The one line on stderr of a run that ended with status 2."""
-    code, _, err = result
-    assert code == 2 and err.count("\n") == 1 and err.startswith("train_vision.py: ") and "Traceback" not in err, err
-    return err
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Two nested states hold the same numbers: exactly, or within a tolerance."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key], **tolerance)
-    elif isinstance(ours, torch.Tensor):
-        torch.testing.assert_close(ours, theirs, **{"rtol": 0, "atol": 0} | tolerance)
-    else:
-        assert ours == theirs
 
 
 def write_pictures(root, classes=("cat", "dog"), train=12, val=6):
@@ -238,13 +190,8 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(pictures, tmp_
     flags = "--steps 80 --log_every 1 --save_every 5 --drop_path 0.3 --dropout 0.2 --attn_dropout 0.1 --data".split()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(*flags, pictures, "--out", whole)
-    process = start(*flags, pictures, "--out", cut)
-    while not (cut / "ckpt.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    stopped_at = checkpoint(cut)["step"]
-    assert process.returncode == -9 and 5 <= stopped_at < 80 and not (cut / "results.json").exists()
+    kill(launch(SCRIPT, *options(*flags, pictures, "--out", cut)), cut)
+    assert 5 <= checkpoint(cut)["step"] < 80 and not (cut / "results.json").exists()
     train("--out", cut, "--resume")  # every other option comes from its config.json
     ours, theirs = checkpoint(cut), checkpoint(whole)
     for part in ("student", "teacher", "optimizer", "step"):
