@@ -1,5 +1,7 @@
+import http.server
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,33 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine: .url, .files {path: bytes}, .cut (bytes after which it hangs up), .ranges (whether it goes
+    on in the middle of a file), .asked [(path, Range header)]."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            it.asked.append((self.path, wanted := self.headers.get("Range")))
+            if self.path not in it.files:
+                return self.send_error(404)
+            content, start = it.files[self.path], int(wanted[6:-1]) if wanted and it.ranges else 0  # bytes=START-
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : start + it.cut] if it.cut else content[start:])
+
+        def log_message(self, *args):
+            pass
+
+    it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    it.url, it.files, it.cut, it.ranges, it.asked = f"http://127.0.0.1:{it.server_port}", {}, None, True, []
+    threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True).start()
+    yield it
+    it.shutdown()
+    it.server_close()

@@ -1,7 +1,6 @@
 """data/audio.py: decoding, folders and manifests, the cache, batches, the made speech, and the command (local server)."""
 import functools
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -760,31 +759,9 @@ def test_shared_librispeech(shared):
 # -------------------------------------------------------------------------------------------------------- the command
 
 @pytest.fixture
-def server():
-    """A local web server: .files {path: bytes}, .cut (bytes after which it hangs up), .asked [Range header]."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            it = self.server
-            it.asked.append((self.path, self.headers.get("Range")))
-            content = it.files.get(self.path)
-            if content is None:
-                return self.send_error(404)
-            start = int(self.headers["Range"][6:-1]) if "Range" in self.headers else 0
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:start + it.cut] if it.cut else content[start:])
-
-        def log_message(self, *args):
-            pass
-
-    it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    it.files, it.cut, it.asked = {}, None, []
-    it.url = f"http://127.0.0.1:{it.server_port}/base"
-    threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True).start()
-    yield it
-    it.shutdown()
-    it.server_close()
+def server(server):
+    server.url += "/base"
+    return server
 
 
 def pack(members):

@@ -1,6 +1,5 @@
 """Text: the vocabulary against naive merging, prepared corpora, blocks and batches, GLUE's files and metrics."""
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -9,7 +8,6 @@ import pickle
 import random
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import zipfile
@@ -852,35 +850,6 @@ def test_metrics_at_their_limits():
 
 
 # --------------------------------------------------------------------------------------------- python -m data.text glue
-
-@pytest.fixture
-def server(monkeypatch):
-    """Serves it.files, a path -> bytes; cut: break off after so many bytes."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            it.asked.append((self.path, self.headers.get("Range")))
-            if self.path not in it.files:
-                return self.send_error(404)
-            content, start = it.files[self.path], int((self.headers.get("Range") or "bytes=0-")[6:-1])
-            if start >= len(content):
-                return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:start + it.cut] if it.cut else content[start:])
-
-        def log_message(self, *args):
-            pass
-
-    it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    it.files, it.cut, it.asked = {}, None, []
-    it.url = f"http://127.0.0.1:{it.server_port}"
-    threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True).start()
-    yield it
-    it.shutdown()
-    it.server_close()
 
 
 def archive(name, tmp_path, extra=(), leave_out=()):
