@@ -139,7 +139,7 @@ PRESETS = {
     # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
     "digits": CTC | dict(
         model="digits", steps=1000, global_batch=32, max_samples=512_000, workers=1, probe_every=250, save_every=250,
-        lr=3e-4, head_lr=5e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, channel_p=0.1, clip=3.0, freeze_convs=False,
+        lr=3e-4, head_lr=5e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, channel_p=0.333, clip=3.0, freeze_convs=False,
     ),
     # Libri-light's and LibriSpeech's labels: section 5.2; paper's WER on test-other with a 4-gram model in README; not run here
     "10m": CTC | dict(steps=13_000),
@@ -197,6 +197,8 @@ def check(cfg: Config, world: int) -> int:
         raise BadInput(f"--eval_only: writes a results.json of its own, and leaves the run in --out {cfg.out} alone; choose another --out, without --resume")
     if cfg.lm and not cfg.beam:
         raise BadInput(f"--lm {cfg.lm}: only the beam search asks it; add --beam 50 or so")
+    if cfg.predict and (cfg.beam or cfg.lm):
+        raise BadInput("--beam, --lm: --predict takes the best letter of each frame, which tells the times; decode with a beam by --eval_only")
     if cfg.head_lr and not cfg.lr:
         raise BadInput(f"--head_lr {cfg.head_lr}: follows the schedule of --lr, which is 0; freeze the encoder by --freeze_steps instead")
     training = not (cfg.eval_only or cfg.predict)
@@ -244,7 +246,8 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
     stored, bad, named = Path(cfg.out, "ckpt.pt"), set(), set()  # bad: "file: what is wrong with it"
     resuming = cfg.resume and stored.exists()
     start = replace(cfg, init=str(stored)) if resuming else cfg
-    task = labels.TASKS[cfg.goal](cfg, lambda classes: build(start, classes), place, accumulation, bad)
+    state = read(start)  # before the data: its message is the better one for a checkpoint of another kind
+    task = labels.TASKS[cfg.goal](cfg, lambda classes: build(start, classes, state), place, accumulation, bad)
     folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
 
     if cfg.compile and cfg.goal in ("images", "sentences"):
@@ -259,7 +262,8 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
             common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
             print(show(scores))
         return
-    if cfg.goal in ("letters", "sounds") and cfg.freeze_convs and cfg.init != "none":
+    pretrained = cfg.init != "none" and cfg.init_from != "random"
+    if cfg.goal in ("letters", "sounds") and cfg.freeze_convs and pretrained:
         for part in ("convs", "norms"):
             model.encoder.embed.content[part].requires_grad_(False)
 
@@ -305,7 +309,7 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        model.frozen = step <= cfg.freeze_steps and cfg.init != "none"
+        model.frozen = step <= cfg.freeze_steps and pretrained
         micro_batches = [next(batches) for _ in range(accumulation)]
         weights, examples = zip(*(task.weigh(batch) for batch in micro_batches))
         whole, seen = torch.tensor(sum(weights), device=device, dtype=torch.float32), seen + sum(examples) * world
@@ -396,23 +400,28 @@ KINDS = {  # the script that pre-trains it, what a checkpoint of it is known by,
 }  # fmt: skip
 
 
-def build(cfg: Config, classes: list[str] | None = None) -> tuple[torch.nn.Module, dict, list[str]]:
-    """The encoder of --init, or of --model, under a head -> model, what the file says, the classes of its outputs in order.
-
-    A fine-tuned file keeps its head when it is for the same classes; None asks for just such a file.
-    """
+def read(cfg: Config) -> dict:
+    """What --init holds, or the options of --model. Raises BadInput if it is not for this goal."""
     script, mark, kind = KINDS[cfg.goal]
     if cfg.init != "none":
         state = convert.read(cfg.init)
         if mark not in state | state["config"]:
             lacking = ", or one without its vocabulary (put vocab.json and merges.txt beside it)" if kind == "text" else ""
             raise BadInput(f"--init {cfg.init}: not a model of {kind}{lacking}; --preset {cfg.preset} is for {cfg.goal}")
-    elif cfg.goal == "sentences":
+        return state
+    if cfg.goal == "sentences":
         raise BadInput("--init none: a text model needs a vocabulary; give a checkpoint, and --init_from random for random weights")
-    elif cfg.model not in script.PRESETS:
+    if cfg.model not in script.PRESETS:
         raise BadInput(f"--model {cfg.model}: no preset of {script.__name__}.py; choose from {', '.join(script.PRESETS)}")
-    else:
-        state = {"config": script.PRESETS[cfg.model]}
+    return {"config": script.PRESETS[cfg.model]}
+
+
+def build(cfg: Config, classes: list[str] | None = None, state: dict | None = None) -> tuple[torch.nn.Module, dict, list[str]]:
+    """The encoder of --init, or of --model, under a head -> model, what the file says, the classes of its outputs in order.
+
+    A fine-tuned file keeps its head when it is for the same classes; None asks for just such a file. state: what read() gave.
+    """
+    (script, _, kind), state = KINDS[cfg.goal], state or read(cfg)
     arch = asdict(script.Config())
     arch |= {name: value for name, value in state["config"].items() if name in arch}
     pool_cls = "classes" in state and state["config"].get("pool_cls", False)  # how a fine-tuned model of other origin may look
@@ -528,7 +537,8 @@ def predict(cfg: Config, place) -> None:
         with autocast:
             result = model(x)
         if cfg.goal == "letters":
-            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), classes)
+            frame_s = math.prod(conv.stride[0] for conv in model.encoder.embed.content["convs"]) / audio.RATE
+            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), classes, frame_s=frame_s)
             answer = " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(said.split(), times))
         elif classes == ["score"]:
             answer = f"{result.item():.3f}"

@@ -55,7 +55,9 @@ def _hide_rectangle(picture: np.ndarray, at_most: int, min_block: int, rng: np.r
     return 0
 
 
-def span_mask(lengths: np.ndarray, p: float, span: int, rng: np.random.Generator, equal: bool = True) -> Tensor:
+def span_mask(
+    lengths: np.ndarray, p: float, span: int, rng: np.random.Generator, equal: bool = True, least: int = 1
+) -> Tensor:
     """Runs of `span` frames or tokens, which may overlap (paper section 4.2; the released code's counts).
 
     The paper starts a span at every frame with probability p / span. The released code, and we, draw the NUMBER of spans of
@@ -67,13 +69,14 @@ def span_mask(lengths: np.ndarray, p: float, span: int, rng: np.random.Generator
     span     length of a span, cut to one less than the row where that is longer, so that something stays visible
     equal    hide equally many in all rows, the fewest that one has, by showing random positions of the others again:
              with it (M, D) splits into B equal parts; without it, the long rows of a padded batch hide more
-    returns  (B, T) bool, at least one True in every row, none in the padding
+    least    fewest spans of a row; 0 where a mask may be empty (the channels of fine-tuning)
+    returns  (B, T) bool, at least `least` True in every row, none in the padding
     """
     lengths = np.asarray(lengths)
     rows, t = len(lengths), np.arange(lengths.max())
     size = np.clip(lengths - 1, 1, span)  # (B,) of a row's spans
     places = lengths - size + 1  # (B,) where one may start: it must end within the row
-    count = np.clip((p * lengths / span + rng.random()).astype(int), 1, places)
+    count = np.clip((p * lengths / span + rng.random()).astype(int), least, places)
     order = np.where(t < places[:, None], rng.random((rows, len(t)), dtype=np.float32), np.inf).argsort(1)  # (B, T) each row's places, shuffled
     begun = np.zeros((rows, len(t) + 1), int)
     np.put_along_axis(begun, order, t < count[:, None], axis=1)

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -113,7 +114,7 @@ PRESETS = {
     ),
     # python train_speech.py --preset digits --data DIR: 2 CPU cores or any GPU, see README
     "digits": dict(
-        steps=24_000, global_batch=16, max_samples=128_000, max_seconds=8.0, workers=1, log_every=50, save_every=1000, probe_every=2000,
+        steps=20_000, global_batch=16, max_samples=128_000, max_seconds=8.0, workers=1, log_every=50, save_every=1000, probe_every=4000,
         channels=64, dim=192, depth=6, heads=6, ffn=768, top_k=4, pos_width=15, share_positions=False, guard_after=5000,
         tau_e=0.9995, tau_n=3000, warmup=0.0125, decay=0.3, clip=3.0, beta2=0.99,
     ),
@@ -151,7 +152,6 @@ def check(cfg: Config, world: int) -> int:
     common.check_range(cfg, 0, 1, "tau_0 tau_e warmup decay final_scale")
     common.check_range(cfg, 0, 0.9999, "dropout attn_dropout ffn_dropout layer_drop beta2")
     common.check_range(cfg, 1e-9, 1, "mask_p")
-    common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
     if cfg.max_samples < cfg.max_seconds * audio.RATE:
         raise BadInput(f"--max_samples {cfg.max_samples}: must be at least --max_seconds {cfg.max_seconds} x {audio.RATE} samples")
     for name in ("heads", "pos_groups"):
@@ -163,10 +163,16 @@ def check(cfg: Config, world: int) -> int:
         raise BadInput(f"--warmup {cfg.warmup} --decay {cfg.decay} --final_scale {cfg.final_scale}: shares of the steps that overlap, or a decay to nothing")  # fmt: skip
     if wrong := [conv for conv in cfg.convs if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", conv)]:
         raise BadInput(f"--convs {wrong[0]}: not three whole numbers as in 512,10,5 (channels, kernel, stride)")
+    common.check_range(cfg, receptive_field(cfg) / audio.RATE, math.inf, "max_seconds")
     count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
     if count % world:
         raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip
     return count // world
+
+
+def receptive_field(cfg: Config) -> int:
+    """Samples that a frame sees, without which there is none: 400 with the paper's convolutions."""
+    return functools.reduce(lambda n, conv: (n - 1) * conv[2] + conv[1], reversed(convolutions(cfg.channels, cfg.convs)), 1)
 
 
 def build(cfg: Config) -> Student:
@@ -187,7 +193,8 @@ def main():
 
     # ---- data: a micro-batch is a function of (seed, its number), whatever the rank or worker
     if cfg.data:
-        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, cfg.min_seconds, show=rank == 0)
+        least = max(cfg.min_seconds, receptive_field(cfg) / audio.RATE)
+        train, valid = audio.open_folder(cfg.data, cfg.train, cfg.valid, least, show=rank == 0)
     else:
         train, valid = audio.made_speech()
     if rank == 0:
@@ -246,7 +253,7 @@ def main():
 
     def fixed(utterances, limit, spoken=False):  # the same random subset at every call, short to long, one mask each
         texts = zip(utterances.transcripts, utterances.lengths)  # spoken: those with a transcript that are not to be cropped
-        fit = [i for i, (text, n) in enumerate(texts) if not spoken or n <= longest and letters.clean(text)[0]]
+        fit = [i for i, (text, n) in enumerate(texts) if not spoken or n <= longest and spoken_words(text)]
         part = utterances.part(np.sort(np.random.default_rng(cfg.seed).permutation(fit)[:limit]))
         lots = audio.epoch_batches(part.lengths, cfg.max_samples, 0, 0, longest, sort=True) if fit else []
         got = list(load(audio.Batches(part, 0, longest, spoken, hide), [(0, i, tuple(lot)) for i, lot in enumerate(lots)]))
@@ -345,6 +352,10 @@ def main():
 # ---- does it learn? -----------------------------------------------------------------------------------------------
 
 
+def spoken_words(text: str) -> str:
+    return letters.clean(text.replace("|", " "))[0]  # "|" is the probe's own sign, between words
+
+
 @torch.no_grad()
 def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dict[str, float]:
     """How much of the targets the student predicts, and how well letters can be read off frozen features.
@@ -374,7 +385,7 @@ def evaluate(student, teacher, held_out, labelled, cfg, device, autocast) -> dic
     numbers = {"explained": explained(pairs(), by_position=False)}
     if labelled:
         (fit, said), (test, reference) = labelled
-        said, reference = ([letters.clean(text)[0] for text in texts] for texts in (said, reference))
+        said, reference = ([spoken_words(text) for text in texts] for texts in (said, reference))
         alphabet = ["<blank>", "|", *sorted(set("".join(said + reference)) - {" "})]  # whatever the transcripts hold
         for prefix, encoder in (("", student.encoder), ("teacher_", teacher.encoder)):
             probe = fit_ctc(list(features(encoder, fit)), [letters.encode(text, alphabet) for text in said], len(alphabet))

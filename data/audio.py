@@ -50,8 +50,8 @@ def at_rate(frames, rate):
 def load_audio(path):
     """-> (N,) float32, mono, 16 kHz, as loud as the file. Raises BadAudio only.
 
-    Several channels are averaged; another rate is converted, with one warning a process. A FLAC that was cut is noticed;
-    a cut WAV or OGG reads as a shorter recording.
+    Several channels are averaged; another rate is converted, with one warning a process. A FLAC or WAV that was cut is
+    noticed; a cut OGG or MP3 may read as a shorter recording.
     """
     import soundfile
     try:
@@ -64,6 +64,8 @@ def load_audio(path):
         raise BadAudio(reason(path, e)) from None
     if len(x) < frames:
         raise BadAudio(f"truncated: {len(x)} of {frames} frames")
+    if lost := lost_bytes(path):
+        raise BadAudio(f"truncated: {lost} bytes are missing at its end")
     x = x.mean(1) if x.shape[1] > 1 else x[:, 0]
     if not np.isfinite(x).all():
         raise BadAudio("NaN or infinite samples")
@@ -75,6 +77,21 @@ def load_audio(path):
     if len(x) < MIN_SAMPLES:
         raise BadAudio(f"too short: {len(x)} samples of at least {MIN_SAMPLES}")
     return x
+
+
+def lost_bytes(path):
+    """Bytes that a RIFF WAVE file says its samples take, beyond its end: libsndfile takes what is there and says nothing.
+    0 for all other files, and for a file written to a pipe, which does not know."""
+    with open(path, "rb") as file:
+        form, end = file.read(12), os.fstat(file.fileno()).st_size
+        if (form[:4], form[8:]) != (b"RIFF", b"WAVE"):
+            return 0
+        while len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return max(0, file.tell() + size - end) if size < 2 ** 32 - 2 ** 12 else 0
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return 0
 
 
 def usable_frames(file):
@@ -93,10 +110,10 @@ def reason(path, error):
     return " ".join(getattr(error, "error_string", f"{type(error).__name__}: {error}").split())
 
 
-def warn_once(path, rate):
+def warn_once(path, rate, show=True):
     if not other_rates:
         other_rates.append(path)
-        warnings.warn(f"{path} has {rate} Hz; this file and others like it are converted to {RATE} Hz while training, "
+        show and warnings.warn(f"{path} has {rate} Hz; this file and others like it are converted to {RATE} Hz while training, "
                       "which takes time: convert them beforehand", stacklevel=3)
 
 
@@ -154,7 +171,8 @@ class Utterances:
         """-> (lengths[i],) float32, normalised as a whole. Raises BadAudio."""
         x = load_audio(self.names[i]) if self.waves is None else self.waves[i]
         if len(x) != self.lengths[i]:
-            raise BadAudio(f"{len(x)} samples at {RATE} Hz, not the {self.lengths[i]} that its header or manifest gave")
+            raise BadAudio(f"{len(x)} samples at {RATE} Hz, not the {self.lengths[i]} that its header or manifest gave"
+                           " (a manifest must count them at that rate; the folder alone needs no counts)")
         return normalise(x)
 
 
@@ -163,13 +181,20 @@ def open_folder(root, train=(), valid=(), min_seconds=0.0, show=True):
 
     Splits that are not named: train is train/, else all train-*/, else train.tsv, else root itself; valid is dev/, valid/
     or val/, else all dev-*/ (valid-*/, val-*/), else dev.tsv, valid.tsv or val.tsv, else every 20th utterance of train is
-    held out. Files of valid are never in train. Both leave out what is shorter than min_seconds. Raises BadInput.
+    held out; or, where there are no such folders and manifests, the clips of train.csv and valid.csv (see open_events),
+    whose labels are left aside. Files of valid are never in train. Both leave out what is shorter than min_seconds.
+    Raises BadInput.
     """
     if not os.path.isdir(root):
         raise BadInput(f"{root}: no such folder; give the one that holds train/ and dev/, or recordings")
+    least = max(MIN_SAMPLES, round(min_seconds * RATE))
+    if not (train or valid or find_splits(root, "train")) and os.path.isfile(os.path.join(root, "train.csv")):
+        sets = [long_enough(part, root, least) for part in open_events(root, show=show)[1:]]
+        for part in sets:
+            part.transcripts = [""] * len(part)
+        return tuple(sets)
     train = list(train) or find_splits(root, "train") or [""]
     valid = list(valid) or find_splits(root, "dev", "valid", "val")
-    least = max(MIN_SAMPLES, round(min_seconds * RATE))
     one = concatenate([open_split(root, split, least, show) for split in train])
     if valid:
         two = concatenate([open_split(root, split, least, show) for split in valid])
@@ -216,9 +241,13 @@ def open_split(root, split, min_samples=MIN_SAMPLES, show=True):
         bad = []
     else:
         raise BadInput(f"{root}: neither a folder {split}/ nor a manifest {split}.tsv in it; check the name of the split")
-    found = Utterances(names, lengths, transcripts, speakers)
-    short = found.lengths < MIN_SAMPLES
-    bad += [f"{names[i]}: too short: {lengths[i]} samples of at least {MIN_SAMPLES}" for i in np.flatnonzero(short)]
+    return long_enough(Utterances(names, lengths, transcripts, speakers, bad=bad), folder, min_samples)
+
+
+def long_enough(found, folder, min_samples):
+    """-> the Utterances without those shorter than min_samples, which `bad` tells. Raises BadInput if none is left."""
+    short, bad = found.lengths < MIN_SAMPLES, found.bad
+    bad += [f"{found.names[i]}: too short: {found.lengths[i]} samples of at least {MIN_SAMPLES}" for i in np.flatnonzero(short)]
     if (brief := (found.lengths < min_samples) & ~short).any():
         bad += [f"{folder}: {brief.sum()} recordings shorter than {min_samples / RATE:g} s (--min_seconds)"]
         short |= brief
@@ -263,9 +292,13 @@ def speaker_of(path):
 
 def find_files(folder, endings):
     """-> sorted paths of the files below `folder` with one of these endings; hidden names are passed over."""
-    found, folders = [], [folder]
+    found, folders, seen = [], [folder], set()
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        stat = os.stat(place := folders.pop())
+        if (stat.st_dev, stat.st_ino) in seen:                            # a link back to a folder above
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(place) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -307,7 +340,7 @@ def read_manifest(stem):
     paths, lengths = [], []
     for number, line in enumerate(lines[1:], 2):
         path, _, frames = line.partition("\t")
-        if not path or not frames.strip().isdecimal():
+        if not path or not frames.strip().isdecimal() or int(frames) >= 2 ** 40:
             raise BadInput(f"{manifest} line {number}: not PATH, a tab, and the number of frames; mend the line")
         paths.append(path)
         lengths.append(int(frames))
@@ -345,7 +378,7 @@ def open_events(root, train=(), valid=(), show=True):
     tables = [[os.path.join(root, name.removesuffix(".csv") + ".csv") for name in names] for names in named]
     one, two = ({path: events for table in part for path, events in read_events(root, table, known).items()} for part in tables)
     one = {path: events for path, events in one.items() if path not in two or tables[0] == tables[1]}
-    lengths, bad = scan(root, sorted(one | two), show)
+    lengths, bad = scan(root, sorted(one | two), show, whole=False)
     bad |= {path: f"too short: {n} samples of at least {MIN_SAMPLES}" for path, n in lengths.items() if n < MIN_SAMPLES}
     sets = []
     for part, clips in zip(tables, (one, two)):
@@ -384,11 +417,12 @@ def read_events(root, table, known):
     return clips
 
 
-def scan(folder, paths, show):
+def scan(folder, paths, show, whole=True):
     """-> {path: samples at 16 kHz}, {path: reason} of what cannot be opened. Each file is opened once, ever.
 
     What was found is kept in the folder or, if that is read-only, in the user's cache: relative path -> size, mtime,
-    frames, rate. Ranks may scan at the same time: each writes the whole under a name of its own, then renames.
+    frames, rate; if these are the whole folder's recordings, what it no longer holds is forgotten. Ranks may scan at the
+    same time: each writes the whole under a name of its own, then renames.
     """
     import soundfile
     places, known = cache_files(folder), {}
@@ -419,8 +453,11 @@ def scan(folder, paths, show):
             bad[path] = str(e)
         except DECODING_ERRORS as e:
             bad[path] = reason(path, e)
-    if found != known:
-        any(write_cache(place, found) for place in places)                # the first that can be written
+    kept = found if whole else known | found
+    if kept != known:
+        any(write_cache(place, kept) for place in places)                 # the first that can be written
+    if others := [path for path in paths if (entry := found.get(below(folder, path))) and entry[3] != RATE]:
+        warn_once(others[0], found[below(folder, others[0])][3], show)    # here, so that no worker has to
     keys = ((path, below(folder, path)) for path in paths)
     return {path: at_rate(*found[key][2:]) for path, key in keys if key in found}, bad
 
@@ -509,8 +546,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, number, indices = key
         bad, waves, taken = [], [], []
-        scanned = self.utterances.lengths[list(indices)]
-        limit = min(self.max_length, int(scanned.max() if self.pad else scanned.min()))
+        scanned = self.utterances.lengths[list(indices)]                  # one that stands in for another may be longer
+        limit = self.max_length if self.pad else min(self.max_length, int(scanned.min()))
         for index in indices:
             x, index = self.load(int(index), bad)
             start = np.random.default_rng([self.seed, epoch, index]).integers(max(0, len(x) - limit) + 1)

@@ -123,11 +123,11 @@ def masked_outputs(cfg, network, encoder, x, samples, place, rng) -> tuple[torch
     """Waves x (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), under spans of hidden frames and channels."""
     _, _, device, autocast = place
 
-    def spans(lengths, p, span):
-        return span_mask(lengths, p, span, rng, equal=False).to(device) if p else None
+    def spans(lengths, p, span, least):
+        return span_mask(lengths, p, span, rng, equal=False, least=least).to(device) if p else None
 
-    mask = spans(encoder.embed.frames(samples).numpy(), cfg.mask_p, cfg.mask_span)  # (B, T)
-    channels = spans(np.full(len(x), encoder.dim), cfg.channel_p, cfg.channel_span)  # (B, D)
+    mask = spans(encoder.embed.frames(samples).numpy(), cfg.mask_p, cfg.mask_span, 1)  # (B, T)
+    channels = spans(np.full(len(x), encoder.dim), cfg.channel_p, cfg.channel_span, 0)  # (B, D)
     with autocast:
         logits, frames = network(x.to(device), samples.to(device), mask, channels)
     return logits.float(), frames
@@ -163,11 +163,14 @@ def letters_task(cfg, build, place, accumulation, bad) -> Task:
     recogniser.to(device)
     valid, left_out = letters.transcribed(valid, dictionary, math.inf)
     bad.update(left_out)
-    train, left_out = (valid, []) if cfg.eval_only else letters.transcribed(train, dictionary, cfg.max_seconds * audio.RATE)
+    longest, frames = cfg.max_seconds * audio.RATE, recogniser.encoder.embed.frames
+    train, left_out = (valid, []) if cfg.eval_only else letters.transcribed(train, dictionary, longest, frames)
     bad.update(left_out)
     train = train.part(images.label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
     targets = [letters.encode(said, dictionary) for said in train.transcripts]
     lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
+    if lm:
+        letters.check_spelling(lm, dictionary)  # now, not at the first evaluation
 
     def batches(step):
         return speech_batches(cfg, train, place, accumulation, step)
@@ -181,7 +184,7 @@ def letters_task(cfg, build, place, accumulation, bad) -> Task:
         said = [targets[i] for i in batch["indices"].tolist()]
         goal, lengths = torch.tensor([letter for word in said for letter in word]), torch.tensor([len(word) for word in said])
         log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, B, letters)
-        return F.ctc_loss(log_probs, goal.to(device), frames, lengths.to(device), reduction="sum", zero_infinity=True)  # inf: too short to say it
+        return F.ctc_loss(log_probs, goal.to(device), frames, lengths.to(device), reduction="sum", zero_infinity=True)
 
     def evaluate():
         pairs = []  # what was said, what was understood

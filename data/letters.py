@@ -56,15 +56,18 @@ def clean(text: str, dictionary: list[str] = LETTERS, blank: int = 0) -> tuple[s
     return text, "".join(sorted(set(text) - {" "} - letters.keys()))
 
 
-def transcribed(utterances, dictionary: list[str], longest: float) -> tuple:
+def transcribed(utterances, dictionary: list[str], longest: float, frames=None) -> tuple:
     """-> (the Utterances of at most `longest` samples that the dictionary can spell, with cleaned transcripts; a line
-    "name: why" for each of the others). Raises BadInput if none is left."""
+    "name: why" for each of the others). frames: of so many samples; CTC needs one for each letter, and one between two that
+    are equal. Raises BadInput if none is left."""
     kept, texts, left_out = [], [], []
     for i, transcript in enumerate(utterances.transcripts):
         said, unknown = clean(transcript, dictionary)
         if not said or unknown or utterances.lengths[i] > longest:
             why = "no transcript" if not said else f"cannot spell {unknown}" if unknown else "longer than --max_seconds"
             left_out.append(f"{utterances.names[i]}: {why}")
+        elif frames and frames(int(utterances.lengths[i])) < len(it := encode(said, dictionary)) + sum(map(int.__eq__, it, it[1:])):
+            left_out.append(f"{utterances.names[i]}: too short for its transcript")
         else:
             kept.append(i)
             texts.append(said)
@@ -134,6 +137,12 @@ def decode_greedy(
     return " ".join(words), times
 
 
+def check_spelling(lm: "ArpaLM", dictionary: list[str], blank: int = 0) -> None:
+    """Raises BadInput for a language model of other letters."""
+    if not any(letters_of(dictionary, blank).keys() >= set(word) for word in lm.words):
+        raise BadInput("language model: the dictionary can spell none of its words; is it in upper case?")
+
+
 def decode_beam(
     log_probs,
     dictionary: list[str] = LETTERS,
@@ -162,8 +171,8 @@ def decode_beam(
     frames, letters, bar = frames_of(log_probs, dictionary, blank), letters_of(dictionary, blank), dictionary.index("|")
     if beam < 1 or lexicon and not lm:
         raise ValueError("beam must be at least 1" if beam < 1 else "a lexicon needs an LM, whose words it takes")
-    if lm and not any(letters.keys() >= set(word) for word in lm.words):
-        raise BadInput("language model: the dictionary can spell none of its words; is it in upper case?")
+    if lm:
+        check_spelling(lm, dictionary, blank)
     heard = {"": (("<s>",), 0.0)}  # finished words, each with its "|" -> (LM history, their part of the score)
     allowed = {}  # unfinished word -> (C,) 0 or -inf, with a lexicon
 
@@ -311,6 +320,7 @@ class ArpaLM:
                     p, *words = re.split("[ \t]+", line)
                     if not n or not n <= len(words) <= n + 1:
                         raise ValueError(f"wanted log10 P, {n or 'n'} words and perhaps a back-off weight")
+                    words[:n] = ("<unk>" if word == "<UNK>" else word for word in words[:n])  # some tools shout
                     gram, p, weight = tuple(map(intern, words[:n])), float(p), float(words[n] if words[n:] else 0)
                     if gram in prob or not p <= 0 or not weight < math.inf:
                         raise ValueError("listed twice" if gram in prob else "log10 P must be at most 0, weights finite")

@@ -105,6 +105,27 @@ def test_one_warning_names_the_first_file(tmp_path):
     assert len(caught) == 1 and str(files[1]) in str(caught[0].message) and "8000" in str(caught[0].message)
 
 
+def test_the_scan_warns_of_other_rates_so_that_no_worker_has_to(tmp_path):
+    for i, rate in enumerate((16000, 8000, 48000)):
+        write(tmp_path / "train" / f"{i}.wav", wave(9600), rate=rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train, _ = A.open_folder(tmp_path, show=False)
+        [train.load(i) for i in range(len(train))]
+    assert not caught, "only the process that shows"
+    A.other_rates.clear()
+    with pytest.warns(UserWarning) as caught:
+        train, _ = A.open_folder(tmp_path)
+        [train.load(i) for i in range(len(train))]
+    assert len(caught) == 1 and "1.wav has 8000 Hz" in str(caught[0].message)
+
+
+def test_a_link_to_a_folder_above_is_no_maze(tmp_path):
+    write(tmp_path / "a" / "b.wav")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert A.find_files(str(tmp_path), (".wav",)) == [str(tmp_path / "a/b.wav")]
+
+
 def test_bad_recordings(tmp_path):
     (tmp_path / "empty.flac").touch()
     assert reason(tmp_path / "empty.flac") == "empty file"
@@ -124,6 +145,21 @@ def test_bad_recordings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert "too short" in reason(write(tmp_path / "48k.wav", wave(1100), 48000))       # 367 samples at 16 kHz
+
+
+def test_a_wav_that_was_cut_is_noticed(tmp_path):
+    whole = write(tmp_path / "a.wav", wave(1001)).read_bytes()
+    head = whole.index(b"data") + 4
+    for content, lost in (
+        (whole[:-1], 1), (whole[:-1000], 1000), (whole, 0), (whole + b"LIST\4\0\0\0abcd", 0),
+        (whole[:12] + b"LIST\3\0\0\0abc\0" + whole[12:], 0),                                          # odd chunks are padded
+        (whole[:head] + b"\xff\xff\xff\xff" + whole[head + 4:], 0),                                   # written to a pipe
+    ):
+        (tmp_path / "b.wav").write_bytes(content)
+        if lost:
+            assert reason(tmp_path / "b.wav") == f"truncated: {lost} bytes are missing at its end"
+        else:
+            assert len(A.load_audio(tmp_path / "b.wav")) >= 1001
 
 
 def test_damaged_flac(tmp_path, monkeypatch):
@@ -462,7 +498,18 @@ def test_events(tmp_path):
     assert A.open_events(root, ["valid.csv", "train"], ["eval"], show=False)[1].lengths.tolist() == [1003, 1002, 1000, 1001]
     (root / "valid.csv").unlink()
     assert A.open_events(root, show=False)[2].lengths.tolist() == [1004], "eval.csv"
-    assert set(json.loads((root / A.CACHE).read_text())) == {f"clips/{n}.wav" for n in (1000, 1001, 1004)}
+    assert set(json.loads((root / A.CACHE).read_text())) == {f"clips/{n}.wav" for n in range(1000, 1005)}, "each opened once, ever"
+    (root / "clips/1003.wav").unlink()
+    A.read_folder(str(root), show=False)
+    assert set(json.loads((root / A.CACHE).read_text())) == {f"clips/{n}.wav" for n in (1000, 1001, 1002, 1004)}, "what is gone is forgotten"
+
+
+def test_clips_with_events_are_trained_on_without_them_and_the_held_out_ones_stay_out(tmp_path):
+    root = events(tmp_path, train="clips/1000.wav,Dog\nclips/1004.wav,Cat\nclips/1001.wav,Cat\n", valid="clips/1003.wav,Cat\n")
+    train, valid = A.open_folder(root, min_seconds=1001 / 16000, show=False)
+    assert (train.lengths.tolist(), valid.lengths.tolist()) == ([1004, 1001], [1003]) and {*train.transcripts, *valid.transcripts} == {""}
+    assert "1 recordings shorter" in train.bad[0]
+    assert len(A.open_folder(root, train=["clips"], show=False)[0]) == 4, "a folder that is named goes before"
 
 
 def test_events_of_valid_are_not_in_train(tmp_path):
@@ -648,7 +695,7 @@ def test_broken_recordings_are_replaced():
     assert b["lengths"].tolist() == [800, 500] and b["source"].shape == (2, 800)                  # N is what there is
     data = A.Batches(made_set(broken={0}), seed=1, max_length=10**6, pad=True)
     b = data[0, 0, (0,)]
-    assert b["indices"].tolist() == [5] and b["source"].shape == (1, 500)                         # cropped to the batch
+    assert b["indices"].tolist() == [5] and b["source"].shape == (1, 600)                         # whole: as its transcript is
     with pytest.raises(BadInput, match="u0: broken; nor can any other of the 6"):
         A.Batches(made_set(broken=set(range(6))), seed=1, max_length=10**6, pad=True)[0, 0, (4,)]
 

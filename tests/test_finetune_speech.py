@@ -254,7 +254,7 @@ def test_spans_of_frames_and_channels_are_hidden_in_training_alone(monkeypatch, 
         return real(self, waves, samples, mask, channels)
 
     monkeypatch.setattr(finetune.Recogniser, "forward", forward)
-    done(tune("--data", speech, "--init", pretrained, "--mask_p", 0.5, "--mask_span", 3, "--out", tmp_path / "run"))
+    done(tune("--data", speech, "--init", pretrained, "--mask_p", 0.5, "--mask_span", 3, "--channel_p", 0.25, "--out", tmp_path / "run"))
     assert [m[0] for m in masks].count(True) == 8, "4 steps of 2 micro-batches"
     for training, frames, mask, channels in masks:
         if not training:
@@ -287,6 +287,30 @@ def test_random_weights_train_whole_from_the_first_step(speech, tiny, tmp_path):
     before = finetune.build(finetune.Config(goal="letters", model="tiny"), letters.LETTERS)[0].state_dict()
     after = checkpoint(tmp_path / "run")["student"]
     assert [name for name in after if torch.equal(after[name], before[name])] == []
+
+
+def test_random_weights_of_a_files_sizes_are_never_frozen(speech, pretrained, tmp_path):
+    flags = "--init_from random --freeze_steps 9 --freeze_convs true --steps 1 --save_every 1".split()
+    done(tune("--data", speech, "--init", pretrained, *flags, "--out", tmp_path / "run"))
+    torch.manual_seed(0)
+    before = finetune.build(finetune.Config(goal="letters", init=str(pretrained), init_from="random"), letters.LETTERS)[0].state_dict()
+    after = checkpoint(tmp_path / "run")["student"]
+    assert [name for name in after if torch.equal(after[name], before[name])] == []
+    done(tune("--out", tmp_path / "run", "--resume", "--steps", 2))
+    later = checkpoint(tmp_path / "run")["student"]
+    assert [name for name in after if torch.equal(after[name], later[name])] == []
+
+
+def test_an_utterance_too_short_for_its_letters_is_named(speech, pretrained, tmp_path):
+    data = shutil.copytree(speech, tmp_path / "data")
+    chapter = data / "train/0/7"
+    soundfile.write(chapter / "0-7-9999.wav", np.random.default_rng(0).normal(0, 0.1, 400 + 4 * 320), audio.RATE)  # 5 frames
+    soundfile.write(chapter / "0-7-9998.wav", np.random.default_rng(0).normal(0, 0.1, 400 + 4 * 320), audio.RATE)
+    with open(chapter / "0-7.trans.txt", "a") as file:
+        file.write("0-7-9999 SEEN\n0-7-9998 SEND\n")  # S E _ E N | takes 6 frames, S E N D | takes 5
+    call(finetune, *options("--data", data, "--init", pretrained, "--steps", 1, "--out", tmp_path / "run"))
+    skipped = checkpoint(tmp_path / "run")["bad"]
+    assert [Path(line.split(": ")[0]).name for line in skipped if "too short for its transcript" in line] == ["0-7-9999.wav"]
 
 
 def test_the_encoder_is_frozen_for_a_while_and_the_convolutions_for_good(speech, pretrained, tmp_path):
@@ -340,7 +364,7 @@ def test_a_model_of_another_modality_is_one_line(pretrained, speech, held_out, t
     torch.save({"student": {"encoder.embed.cls": torch.zeros(4)}, "teacher": None, "config": {"patch": 4}}, tmp_path / "vision.pt")
     flags = "--data", speech, "--out", tmp_path / "run"
     assert "vision.pt: not a model of recordings" in refused(tune(*flags, "--init", tmp_path / "vision.pt"))
-    line = refused(call(finetune, "--init", pretrained, "--out", tmp_path / "run"))
+    line = refused(call(finetune, "--init", pretrained, "--data", speech, "--out", tmp_path / "run"))
     assert f"{pretrained}: not a model of images" in line and "--preset" in line
     state = checkpoint(pretrained.parent)
     torch.save(state | {"teacher": None}, tmp_path / "alone.pt")
@@ -385,10 +409,11 @@ def test_utterances_that_cannot_be_used_are_named_counted_and_left_out(speech, h
     soundfile.write(short, audio.load_audio(short)[:800], audio.RATE)
     _, out, err = result = tune("--data", data, "--init", pretrained, "--out", tmp_path / "run")
     done(result)
-    for path, why in zip(odd, ("cannot spell &5", "no transcript", "longer than --max_seconds")):
+    whys = "cannot spell &5", "no transcript", "longer than --max_seconds", "too short for its transcript"
+    for path, why in zip([*odd, short], whys, strict=True):
         assert (out + err).count(path.name) == 1 and f"skipped {path}: {why}" in out + err
     numbers = results(tmp_path / "run")
-    assert (numbers["utterances"], numbers["skipped_files"]) == (21, 3)
+    assert (numbers["utterances"], numbers["skipped_files"]) == (20, 4)
     assert numbers["words"] == sum(len(text.split()) for text in held_out.transcripts)
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run"))
 
@@ -509,6 +534,10 @@ def test_the_beam_search_asks_the_language_model(monkeypatch, early, speech, hel
     done(tune(*flags, "--out", tmp_path / "beam"))
     assert asked[-1][1:3] == (4, None)
     assert "none.arpa" in refused(tune(*flags, "--lm", "none.arpa", "--out", tmp_path / "none"))
+    letters.kneser_ney(([word.lower() for word in text.split()] for text in held_out.transcripts), 2).write(str(tmp_path / "low.arpa"))
+    training = tune("--data", speech, "--init", early, "--beam", 4, "--lm", tmp_path / "low.arpa", "--out", tmp_path / "none")
+    assert "upper case" in refused(training) and not (tmp_path / "none").exists(), "before anything is trained"
+    assert "--eval_only" in refused(call(finetune, "--init", early, "--predict", held_out.names[0], "--beam", 4))
     assert "--beam" in refused(tune("--data", speech, "--init", early, "--eval_only", "--lm", tmp_path / "lm.arpa", "--out", tmp_path / "none"))
 
 
@@ -544,6 +573,17 @@ def test_predict_writes_down_what_is_said_and_when(early, held_out, speech, tmp_
         assert 0 <= times[0][0] < times[-1][1] <= held_out.lengths[i] / audio.RATE
     assert "recording" in refused(call(finetune, "--init", early, "--predict", "broken.wav"))
     assert {path.name for path in tmp_path.iterdir()} == {"broken.wav"}
+
+
+def test_the_times_are_those_of_the_models_own_strides(held_out, speech, tmp_path, monkeypatch):
+    convs = ["8,20,10", "8,8,4", "8,4,4"]  # a frame every 160 samples, 10 ms
+    model = [str(word) for name, value in MODEL.items() for word in (f"--{name}", value)]
+    done(call(train_speech, *PRETRAIN, *model, "--convs", *convs, "--data", speech, "--out", tmp_path / "pre"))
+    done(tune("--data", speech, "--init", tmp_path / "pre/ckpt.pt", "--steps", 1, "--out", tmp_path / "run"))
+    real, asked = letters.decode_greedy, []
+    monkeypatch.setattr(letters, "decode_greedy", lambda *args, **options: asked.append(options) or real(*args, **options))
+    done(call(finetune, "--init", tmp_path / "run/ckpt.pt", "--dtype", "float32", "--predict", held_out.names[0]))
+    assert asked == [{"frame_s": 0.01}]
 
 
 def test_predict_names_events_with_their_probabilities(heard, held_out):

@@ -343,6 +343,11 @@ def test_without_unk_unknown_words_cost_100(tmp_path):
     assert ArpaLM.read(arpa(tmp_path, text)).score(("<s>",), "QUX") == -100
 
 
+def test_the_unknown_word_may_be_in_upper_case(tmp_path):
+    lm = ArpaLM.read(arpa(tmp_path, TINY.replace("<unk>", "<UNK>")))
+    assert lm.score(("<s>",), "QUX") == ArpaLM.read(arpa(tmp_path, TINY)).score(("<s>",), "QUX") > -100 and "<UNK>" not in lm.words
+
+
 def test_infinite_weights_are_capped(tmp_path):
     lm = ArpaLM.read(arpa(tmp_path, TINY.replace("-99\t<s>\t-0.3", "-inf\t<s>\t-inf")))
     assert lm.score((), "<s>") == -100 and lm.score(("<s>",), "B") == -100.7

@@ -149,6 +149,13 @@ def test_spans_never_lie_in_the_padding_and_every_row_has_some(equal):
         assert not mask[torch.arange(120)[None] >= torch.from_numpy(LENGTHS)[:, None]].any()
 
 
+def test_a_mask_may_be_empty_where_the_caller_says_so():
+    """Channels of fine-tuning: p .1 of 192 channels in spans of 64 is a span in 3 of 10 updates, not one in each."""
+    rng = np.random.default_rng(0)
+    share = [span_mask(np.full(4, 192), 0.1, 64, rng, equal=False, least=0).float().mean().item() for _ in range(2000)]
+    assert np.mean(share) == pytest.approx(0.1, abs=0.01) and min(share) == 0
+
+
 def test_equal_rows_hide_as_much_as_the_one_that_hides_least():
     lengths = np.array([120, 90, 100, 60])
     for seed in range(50):

@@ -498,12 +498,19 @@ def test_a_damaged_recording_is_named_once_counted_and_passed_over(damaged, tmp_
     [
         ("--steps", "--steps"), ("--stpes 3", "--stpes"), ("--steps 1.5", "--steps"), ("--lr fast", "--lr"),
         ("--pad maybe", "--pad"), ("--norm batch", "--norm"), ("--preset huge", "--preset"), ("--heads 3", "--heads"),
-        ("--train dev-other", "dev-other"),
+        ("--train dev-other", "dev-other"), ("--convs 8,10,5 8,32000,320", "--max_seconds"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_one_line_and_status_2(mute, tmp_path, flags, named):
     assert named in refused(train("--data", mute, "--out", tmp_path / "run", *flags.split()))
     assert not (tmp_path / "run").exists()
+
+
+def test_any_sign_in_a_transcript_leaves_the_probe_alone(speech, tmp_path):
+    data = shutil.copytree(speech, tmp_path / "data")
+    for path in (data / "dev").rglob("*.trans.txt"):
+        path.write_text(path.read_text().replace(" ", " | ", 1) + "\n")
+    assert "probe" in told(train("--data", data, "--out", tmp_path / "run", *STILL))
 
 
 def test_folders_without_recordings_are_one_line_and_status_2(tmp_path):
