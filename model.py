@@ -41,16 +41,21 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v: (B, H, T, d) each -> (B, H, T, d). A boolean bias is True where a key is seen.
+    """softmax(q k^T / sqrt(d) + bias) v: (B, H, T, d) each -> (B, H, T, d). A boolean bias is True where a key is seen; who sees
+    no key at all (padding, under a window) gets 0.
 
     On a CPU in bfloat16 it is written out: torch's fused one is several times slower there, above all in its backward pass.
     """
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
     logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)  # (B, H, T, T)
-    if bias is not None:
+    if bias is None:
+        weights = logits.softmax(-1)
+    else:
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
-    return F.dropout(logits.softmax(-1), dropout).to(v.dtype) @ v
+        logits = logits.clamp_min(least := torch.finfo(logits.dtype).min)  # -inf alone would make NaN
+        weights = logits.softmax(-1) * (logits.amax(-1, keepdim=True) > least)
+    return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
 class Block(nn.Module):
