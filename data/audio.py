@@ -113,8 +113,9 @@ def reason(path, error):
 def warn_once(path, rate, show=True):
     if not other_rates:
         other_rates.append(path)
-        show and warnings.warn(f"{path} has {rate} Hz; this file and others like it are converted to {RATE} Hz while training, "
-                      "which takes time: convert them beforehand", stacklevel=3)
+        if show:
+            warnings.warn(f"{path} has {rate} Hz; this file and others like it are converted to {RATE} Hz while training, "
+                          "which takes time: convert them beforehand", stacklevel=3)
 
 
 def resample(x, rate):
@@ -456,10 +457,11 @@ def scan(folder, paths, show, whole=True):
     kept = found if whole else known | found
     if kept != known:
         any(write_cache(place, kept) for place in places)                 # the first that can be written
-    if others := [path for path in paths if (entry := found.get(below(folder, path))) and entry[3] != RATE]:
-        warn_once(others[0], found[below(folder, others[0])][3], show)    # here, so that no worker has to
-    keys = ((path, below(folder, path)) for path in paths)
-    return {path: at_rate(*found[key][2:]) for path, key in keys if key in found}, bad
+    opened = {path: found[key] for path in paths if (key := below(folder, path)) in found}
+    for path, (_, _, _, rate) in opened.items():
+        if rate != RATE:
+            warn_once(path, rate, show)                                   # here, so that no worker has to
+    return {path: at_rate(frames, rate) for path, (_, _, frames, rate) in opened.items()}, bad
 
 
 def cache_files(folder):
