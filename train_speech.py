@@ -114,7 +114,7 @@ PRESETS = {
     ),
     # python train_speech.py --preset digits --data DIR: 2 CPU cores or any GPU, see README
     "digits": dict(
-        steps=20_000, global_batch=16, max_samples=128_000, max_seconds=8.0, workers=1, log_every=50, save_every=1000, probe_every=4000,
+        steps=18_000, global_batch=16, max_samples=128_000, max_seconds=8.0, workers=1, log_every=50, save_every=1000, probe_every=4000,
         channels=64, dim=192, depth=6, heads=6, ffn=768, top_k=4, pos_width=15, share_positions=False, guard_after=5000,
         tau_e=0.9995, tau_n=3000, warmup=0.0125, decay=0.3, clip=3.0, beta2=0.99,
     ),
