@@ -548,8 +548,9 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, number, indices = key
         bad, waves, taken = [], [], []
-        scanned = self.utterances.lengths[list(indices)]                  # one that stands in for another may be longer
-        limit = self.max_length if self.pad else min(self.max_length, int(scanned.min()))
+        limit = self.max_length                                           # padded: whole, also what stands in for another
+        if not self.pad:
+            limit = min(limit, int(self.utterances.lengths[list(indices)].min()))
         for index in indices:
             x, index = self.load(int(index), bad)
             start = np.random.default_rng([self.seed, epoch, index]).integers(max(0, len(x) - limit) + 1)
