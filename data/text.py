@@ -19,6 +19,8 @@ import ast
 import base64
 import bisect
 import codecs
+import contextlib
+import fcntl
 import hashlib
 import heapq
 import json
@@ -52,6 +54,7 @@ PIECE = 1 << 14                                   # characters handed to the tok
 LINE = 1 << 20                                    # characters of a line kept in memory
 LONGEST = 100                                     # a longer word is no word, and teaches the vocabulary nothing
 MOST_WORDS = 1_000_000                            # distinct words kept; merging them takes about 1.2 GB
+WRITTEN = ("vocab", "train.bin", "train.idx", "valid.bin", "valid.idx", "meta.json")     # by prepare, in this order
 
 
 # ------------------------------------------------------------------------------------------------------- the vocabulary
@@ -352,24 +355,44 @@ def documents_of(paths, show=False, desc=""):
                 fresh = line.endswith("\n")
 
 
-def find_texts(inputs):
-    """Files and folders -> sorted paths of files; hidden ones are passed over in folders. Raises BadInput."""
-    found = []
-    for place in inputs:
+def find_texts(inputs, out):
+    """Files and folders -> paths of files, each file once, sorted within a folder. Passed over: what is hidden in folders, and
+    what prepare wrote to `out`. Raises BadInput."""
+    found, own = {}, {os.path.realpath(os.path.join(out, name)) for name in WRITTEN}
+    for place in map(str, inputs):
+        inside = [place]
         if os.path.isdir(place):
             inside = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names]
-            inside = sorted(path for path in inside if "/." not in path[len(str(place)):].replace(os.sep, "/"))
+            inside = sorted(path for path in inside if "/." not in "/" + path[len(place):].replace(os.sep, "/"))
             if not inside:
                 raise BadInput(f"{place}: no files in it; put text files there")
-            found += inside
-        elif os.path.isfile(place):
-            found.append(str(place))
-        else:
-            raise BadInput(f"{place}: no such file or folder; give text files, or folders of them")
-    return found
+        for path in inside:
+            if not os.path.isfile(path):                                           # nor is a link to nothing
+                raise BadInput(f"{path}: no such file or folder; give text files, or folders of them")
+            found.setdefault(os.path.realpath(path), path)
+    if not (texts := [path for real, path in found.items() if real not in own]):
+        raise BadInput(f"{inputs[0]}: nothing but what prepare wrote; give the text that it was made of")
+    return texts
 
 
-def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01, overwrite=False, show=True, source=None):
+@contextlib.contextmanager
+def scratch(out):
+    """A new hidden folder in `out`, removed in the end. One that a killed process left goes now: its lock ended with it."""
+    for lock in Path(out).glob(".part-*/lock"):
+        with contextlib.suppress(OSError), open(lock, "r+") as file:               # raises: the process lives, or no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    os.makedirs(part := os.path.join(out, f".part-{uuid.uuid4().hex}"))
+    try:
+        with open(os.path.join(part, "lock"), "w") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01, overwrite=False, show=True):
     """Text files -> out/{vocab, train.bin, train.idx, valid.bin, valid.idx, meta.json}; returns meta. Raises BadInput.
 
     *.bin: ids without special tokens, uint16 or uint32; *.idx: int64, where documents start and the last one ends.
@@ -381,23 +404,22 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
         raise BadInput(f"--out {out}: already holds a prepared corpus; add --overwrite, or choose another --out")
     if not 0 < valid_share < 1:
         raise BadInput(f"--valid_share {valid_share}: must lie between 0 and 1; it is the share of documents held out")
-    share, paths = Fraction(str(valid_share)), find_texts(inputs)
-    held_out = find_texts(valid) if valid else None
+    share, paths = Fraction(str(valid_share)), find_texts(inputs, out)
+    held_out = find_texts(valid, out) if valid else None
     if held_out and (both := set(map(os.path.realpath, paths)) & set(map(os.path.realpath, held_out))):
         raise BadInput(f"--valid {min(both)}: is part of --input, too; what is held out must not be trained on")
 
     def split_of(number):
         return "train" if held_out or math.ceil((number + 1) * share) == math.ceil(number * share) else "valid"
 
-    if vocab is None:
-        texts = (line for number, line in documents_of(paths, show, "counting words") if split_of(number) == "train")
-        vocabulary = train_vocabulary(texts, vocab_size, show)
-    else:
-        vocabulary = open_vocabulary(vocab)
-    meta = {"version": 1, "dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "inputs": paths,
-            "command": " ".join(sys.argv), "source": source}
-    os.makedirs(part := os.path.join(out, f".part-{uuid.uuid4().hex}"))
-    try:
+    with scratch(out) as part:
+        if vocab is None:
+            texts = (line for number, line in documents_of(paths, show, "counting words") if split_of(number) == "train")
+            vocabulary = train_vocabulary(texts, vocab_size, show)
+        else:
+            vocabulary = open_vocabulary(vocab)
+        meta = {"version": 1, "dtype": np.dtype(vocabulary.dtype).name, "vocab_size": vocabulary.size, "inputs": paths,
+                "command": " ".join(sys.argv)}
         with open(os.path.join(part, "train.bin"), "wb") as one, open(os.path.join(part, "valid.bin"), "wb") as two:
             files, bounds = {"train": one, "valid": two}, {"train": array("q"), "valid": array("q")}
             written = {"train": 0, "valid": 0}
@@ -416,17 +438,17 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_share=0.01
             with open(os.path.join(part, f"{split}.idx"), "wb") as file:
                 bounds[split].tofile(file)
         if not written["train"] and written["valid"] and not held_out:
+            if (count := meta["valid"]["documents"]) > 1:
+                raise BadInput(f"--valid_share {valid_share}: holds out all {count} documents; take a smaller share")
             raise BadInput(f"{paths[0]}: one document, and none can be held out; give --valid, or part documents by blank lines")
         for split, place in (("train", paths[0]), ("valid", (held_out or paths)[0])):
             if not written[split]:
                 raise BadInput(f"{place}: no text in it" + (", nor in the other files" if len(paths) > 1 else ""))
         vocabulary.save(os.path.join(part, "vocab"))
+        save(Path(part, "meta.json"), meta)
         Path(out, "meta.json").unlink(missing_ok=True)                             # from here on it is neither old nor new
-        for name in ("vocab", "train.bin", "train.idx", "valid.bin", "valid.idx"):
+        for name in WRITTEN:
             os.replace(os.path.join(part, name), os.path.join(out, name))
-        save(Path(out, "meta.json"), meta)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return meta
 
 
@@ -531,7 +553,7 @@ def open_corpus(path, vocab_size=8192, vocab=None, show=True):
     """A folder that prepare wrote -> (train Corpus, valid Corpus, Vocabulary). Raises BadInput.
 
     A folder of plain text, train.txt and valid.txt (without it 1 % of train.txt's documents), is prepared into a hidden folder
-    in it, else among the user's caches, once for each vocabulary. Of many processes let one call this first.
+    in it, else among the user's caches, once for each vocabulary. If many processes do so at once, all take the first one's.
     """
     if not os.path.isdir(path):
         raise BadInput(f"{path}: no such folder; give one that `python -m data.text prepare` wrote, or one with train.txt")
@@ -540,23 +562,24 @@ def open_corpus(path, vocab_size=8192, vocab=None, show=True):
     texts = [text for name in ("train.txt", "valid.txt") if os.path.isfile(text := os.path.join(path, name))]
     if not texts or not texts[0].endswith("train.txt"):
         raise BadInput(f"{path}: neither meta.json nor train.txt in it; run `python -m data.text prepare` on your text first")
-    stats = [os.stat(text) for text in texts]
-    source = [vocab or vocab_size, *([stat.st_size, stat.st_mtime_ns] for stat in stats)]
-    name = hashlib.sha256(json.dumps([os.path.abspath(path), vocab or vocab_size]).encode()).hexdigest()[:16]
+    about = [os.path.abspath(path), vocab or vocab_size], [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, texts)]
+    name, stamp = (hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for part in about)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    places = os.path.join(path, f".data2vec-text-{name}"), os.path.join(home, "data2vec", f"text-{name}")
+    places = [Path(path, f".data2vec-text-{name}-{stamp}"), Path(home, "data2vec", f"text-{name}-{stamp}")]
+    for place in filter(os.path.exists, places):
+        try:
+            return read_corpus(place)
+        except BadInput:                                                           # it appeared whole, so it was damaged since
+            shutil.rmtree(place, ignore_errors=True)
     for place in places:
         try:
-            with open(os.path.join(place, "meta.json"), encoding="utf-8") as file:
-                if json.load(file)["source"] == source:
-                    return read_corpus(place)
-        except (OSError, ValueError, TypeError, KeyError, BadInput):               # absent, old or damaged: prepared anew
-            pass
-    for place in places:
-        try:
-            os.makedirs(place, exist_ok=True)
-            print(f"{path}: plain text; prepared into {place}", file=sys.stderr) if show else None
-            prepare(texts[:1], place, vocab_size, vocab, texts[1:], overwrite=True, show=show, source=source)
+            with scratch(place.parent) as part:
+                print(f"{path}: plain text; prepared into {place}", file=sys.stderr) if show else None
+                prepare(texts[:1], made := os.path.join(part, "made"), vocab_size, vocab, texts[1:], show=show)
+                with contextlib.suppress(OSError):                                 # another process was faster: its own is taken
+                    os.rename(made, place)
+            for old in place.parent.glob(f"*text-{name}-*"):                       # of the text before it changed
+                shutil.rmtree(old, ignore_errors=True) if old != place else None
             return read_corpus(place)
         except OSError as e:
             failed = e

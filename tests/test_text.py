@@ -9,8 +9,10 @@ import random
 import subprocess
 import sys
 import time
+import threading
 import tracemalloc
 import zipfile
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -424,6 +426,61 @@ def test_prepare_holds_out_a_share(tmp_path):
         assert same == (name == "vocab")
 
 
+@pytest.mark.parametrize("out", ["in", "in/out", "link/out"])
+def test_prepare_does_not_read_its_own_output(tmp_path, out):
+    folder, out = tmp_path / "in", tmp_path / out
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    write_text(folder / "a.txt", documents(0, 20))
+    write_text(folder / "sub" / "vocab", documents(50, 9))                                # not in --out, so it is text
+    first = T.prepare([f"{folder}/"], out, 300, show=False)
+    (out / ".part-0").mkdir()
+    (out / ".part-0" / "train.bin").write_text("the rest of a broken run\n")
+    files = {name: (out / name).read_bytes() for name in T.WRITTEN}
+    assert first["train"]["documents"] == 28 and first["inputs"] == [f"{folder}/a.txt", f"{folder}/sub/vocab"]
+    assert T.prepare([f"{folder}/"], out, 300, overwrite=True, show=False) == first
+    T.prepare([folder / "a.txt", folder / "sub", out / "vocab", out / "meta.json"], out, 300, overwrite=True, show=False)    # *
+    assert files == {name: (out / name).read_bytes() for name in T.WRITTEN}
+    with pytest.raises(BadInput, match="vocab: nothing but what prepare wrote"):
+        T.prepare([out / "vocab"], out, 300, overwrite=True, show=False)
+
+
+def test_a_file_counts_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    a, b = (write_text(tmp_path / "in" / name, documents(i, 9)) for i, name in enumerate("ab"))
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    meta = T.prepare([b, tmp_path / "in", a, tmp_path / "link"], tmp_path / "out", 300, show=False)
+    assert meta["inputs"] == [str(b), str(a)] and meta["train"]["documents"] == 17
+
+
+def test_prepare_tries_out_first(tmp_path, monkeypatch):
+    a = write_text(tmp_path / "a", documents(0, 9))
+    monkeypatch.setattr(T, "count_words", lambda texts: pytest.fail("hours of counting, and nowhere to put it"))
+    with pytest.raises(BadInput, match="a: cannot be written"):
+        run(monkeypatch, "prepare", "--input", a, "--out", a)
+
+
+def test_killed_prepares_are_swept_up(tmp_path, monkeypatch):
+    """And the living are left alone."""
+    a, out, spell = write_text(tmp_path / "a", documents(0, 9)), tmp_path / "out", T.Vocabulary.spell
+
+    def names():
+        return sorted(name[:6] for name in os.listdir(out))
+    if not (child := os.fork()):
+        T.Vocabulary.spell = lambda _: os.kill(os.getpid(), 9)
+        T.prepare([a], out, 300, show=False)
+    assert os.waitpid(child, 0)[1] == 9 and names() == [".part-"]
+
+    def amid(vocabulary):                                                                 # the second runs within the first
+        monkeypatch.setattr(T.Vocabulary, "spell", spell)
+        T.prepare([a], out, 300, overwrite=True, show=False)
+        assert names().count(".part-") == 1
+        return spell(vocabulary)
+    monkeypatch.setattr(T.Vocabulary, "spell", amid)
+    T.prepare([a], out, 300, show=False)
+    assert sorted(os.listdir(out)) == sorted(T.WRITTEN)
+
+
 def test_real_text(shared, tmp_path):
     source = shared / "text" / "corpus" / "valid.txt"
     meta = T.prepare([source], tmp_path / "out", 1024, show=False)
@@ -448,7 +505,9 @@ def test_prepare_refuses(tmp_path, monkeypatch):
     empty.write_text("")
     blank.write_text("\n \n")
     latin.write_bytes(a.read_bytes() + "é".encode("latin1") + b"\n")
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "links"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "links" / "b").symlink_to(tmp_path / "nowhere")
     out = tmp_path / "out"
     for args, message in (
             ([empty], "empty: no text in it$"), ([blank, empty], "blank: no text in it, nor"),
@@ -456,6 +515,8 @@ def test_prepare_refuses(tmp_path, monkeypatch):
             ([tmp_path / "none"], "none: no such file"), ([tmp_path / "folder"], "folder: no files in it"),
             ([latin], f"latin byte {a.stat().st_size}: not UTF-8"), ([a, "--valid", empty], "empty: no text in it"),
             ([a, "--valid", a], "a: is part of --input"), ([empty, "--valid", a], "empty: no text in it"),
+            ([tmp_path / "links"], "links/b: no such file"), ([tmp_path / "links" / "b"], "links/b: no such file"),
+            ([a, "--valid_share", ".999"], "--valid_share 0.999: holds out all 9 documents"),
             ([a, "--valid_share", "0"], "--valid_share 0.0"), ([a, "--vocab_size", "12"], "--vocab_size 12"),
             ([a, "--vocab", tmp_path / "none"], "no such vocabulary"), ([a, "--vocab", a], "not a vocabulary")):
         with pytest.raises(BadInput, match=message) as e:
@@ -605,9 +666,38 @@ def test_open_plain_text(tmp_path, capsys, monkeypatch):
     assert len(T.open_corpus(folder, 280, show=False)[0]) == 20                           # damaged: prepared anew
     write_text(folder / "train.txt", documents(0, 25))
     assert len(T.open_corpus(folder, 280, show=False)[0]) == 25                           # so it is when the text has changed
+    assert len(list(folder.iterdir())) == 4                                               # both texts, 290's and the new one
     (folder / "valid.txt").unlink()
     train, valid, _ = T.open_corpus(folder, 280, show=False)
     assert (len(train), len(valid)) == (24, 1)
+
+
+def test_two_open_plain_text_at_once(tmp_path, monkeypatch):
+    """Both begin to prepare; the slower one is amid its last files when the faster one, which has done it, reads."""
+    write_text(tmp_path / "train.txt", documents(0, 20))
+    read, save, spell = T.read_corpus, T.save, T.Vocabulary.spell
+    both, first, midway, done = threading.Barrier(2, timeout=20), *(threading.Event() for _ in range(3))
+    turns = itertools.count()
+
+    def ordered(vocabulary):
+        both.wait()
+        return spell(vocabulary) if next(turns) == 0 or first.wait(20) else None
+
+    def slow(*args):
+        if first.is_set():
+            midway.set()
+            done.wait(20)
+        save(*args)
+        first.set()
+    monkeypatch.setattr(T.Vocabulary, "spell", ordered)
+    monkeypatch.setattr(T, "save", slow)
+    monkeypatch.setattr(T, "read_corpus", lambda place: midway.wait(20) and read(place))
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(T.open_corpus, tmp_path, 280, show=False) for _ in range(2)]
+        wait(tasks, return_when=FIRST_COMPLETED)
+        done.set()
+        one, two = (task.result() for task in tasks)
+    assert one[0].stem == two[0].stem and (one[0].tokens == two[0].tokens).all() and len(os.listdir(tmp_path)) == 2
 
 
 def test_open_plain_text_read_only(tmp_path, capsys, monkeypatch):
