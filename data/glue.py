@@ -8,6 +8,7 @@ The walk: DIR/TASK/train.tsv -> Examples -> Sentences -> (B, T) int64 and labels
 import csv
 import math
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -64,7 +65,7 @@ def open_task(folder, name):
     """-> Task, {split: Examples}: train and the task's dev splits. Raises BadInput.
 
     name: one of TASKS, in any case; or a task of yours, a folder with train.tsv and dev.tsv (quoting off) or train.csv and
-    dev.csv (quoting on) with columns sentence, or sentence1 and sentence2, and label. If all labels of train are numbers, and
+    dev.csv (quoting on) with columns sentence, or sentence1 and sentence2, and label. If 90 % of train's labels are numbers, and
     not all are whole, it is a regression (Pearson, Spearman), else the sorted labels of train are its classes (accuracy).
     """
     known = {task.lower(): task for task in TASKS}
@@ -76,18 +77,25 @@ def open_task(folder, name):
 def own_task(path):
     """-> the Task that the header and the labels of a training file make. Raises BadInput."""
     header, rows = read_table(path)
-    if "label" not in header or not {"sentence", "sentence1"} & {*header}:
+    known = [name for name in header if name in ("label", "sentence", "sentence1", "sentence2")]
+    if sorted(known) not in (["label", "sentence"], ["label", "sentence1", "sentence2"]):
         raise BadInput(f"{path}: its columns are {', '.join(header)[:100]}; "
-                       "it needs label, and sentence, or sentence1 and sentence2")
-    labels = {row[header.index("label")].strip() for _, row in rows if len(row) == len(header)} - {""}
-    columns = ("sentence", None, "label") if "sentence" in header else ("sentence1", "sentence2", "label")
-    numbers = [number_of(label) for label in labels]
-    if numbers and None not in numbers and any(number != int(number) for number in numbers):
+                       "it needs label, and sentence, or sentence1 and sentence2, each once and no other of these")
+    labels = [text for _, row in rows if len(row) == len(header) and (text := row[header.index("label")].strip())]
+    columns = ("sentence", None, "label") if "sentence" in known else ("sentence1", "sentence2", "label")
+    numbers = [number for number in map(number_of, labels) if number is not None]
+    if len(numbers) >= 0.9 * len(labels) and any(number != int(number) for number in numbers):
         return Task((), ("pearson", "spearman"), columns)
-    if len(labels) < 2:
-        raise BadInput(f"{path}: {len(labels)} different labels; there is nothing to tell apart")
-    whole = None not in numbers
-    return Task(tuple(sorted(labels, key=float if whole else None)), ("accuracy",), columns)
+    whole = len(numbers) == len(labels)
+    classes = {whole_number(label) if whole else label for label in labels}
+    if len(classes) < 2:
+        raise BadInput(f"{path}: {len(classes)} different labels; there is nothing to tell apart")
+    return Task(tuple(sorted(classes, key=float if whole else None)), ("accuracy",), columns)
+
+
+def whole_number(label):
+    """-> the label, a whole number such as 1.0 without the point and the zeros."""
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", label)
 
 
 def number_of(text):
@@ -100,11 +108,13 @@ def number_of(text):
 
 
 def find_split(folder, name, split):
-    """-> path of a split's file. Raises BadInput."""
-    places = [os.path.join(folder, *inside, split + end) for inside in ((name,), ()) for end in (".tsv", ".csv")]
+    """-> path of a split's file: in folder/name if there is such a folder, else in the folder. Raises BadInput."""
+    inside = os.path.join(folder, name)
+    places = [os.path.join(inside if os.path.isdir(inside) else folder, split + end) for end in (".tsv", ".csv")]
     found = next((place for place in places if os.path.isfile(place)), None)
     if not found:
-        raise BadInput(f"{places[0]}: no such file; `python -m data.text glue` fetches GLUE's, or write one (.tsv or .csv)")
+        raise BadInput(f"{os.path.join(inside, split)}.tsv: no such file; `python -m data.text glue` fetches GLUE's, "
+                       "or write one (.tsv or .csv)")
     return found
 
 
@@ -136,6 +146,8 @@ def read_task(folder, name, split, task=None):
     """
     task, path = task or TASKS[name], find_split(folder, name, split)
     header, table = read_table(path, COLA if name == "CoLA" else None)
+    if twice := [column for column in task.columns if header.count(column) > 1]:
+        raise BadInput(f"{path}: {header.count(twice[0])} columns are called {twice[0]}; keep one")
     first, second, label = (header.index(column) if column in header else None for column in task.columns)
     if first is None or (second is None) != (task.columns[1] is None) or (label is None and split.startswith(("train", "dev"))):
         missing = [column for column in task.columns if column and column not in header]
@@ -150,6 +162,7 @@ def read_task(folder, name, split, task=None):
         elif label is not None and not (text := row[label].strip()):
             wrong = "no label"
         elif label is not None:
+            text = text if text in task.classes else whole_number(text)
             value = number_of(text) if not task.classes else task.classes.index(text) if text in task.classes else None
             if value is None:
                 wrong = f"label {text[:40]!r} is " + (f"none of {', '.join(task.classes)[:100]}" if task.classes else "no number")

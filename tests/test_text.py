@@ -878,6 +878,50 @@ def test_tasks_of_ones_own(tmp_path):
             G.open_task(tmp_path, "scores")
 
 
+def own(folder, labels, header="sentence\tlabel", splits=("train", "dev")):
+    """A task of one's own with a row for each label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        (folder / f"{split}.tsv").write_text("\n".join([header, *(f"some words\t{label}" for label in labels)]) + "\n")
+    return folder
+
+
+def test_a_bad_label_makes_no_classes(tmp_path):
+    for bad in ("n/a", "nan", "inf"):
+        scores = own(tmp_path / "scores", ["0.5", "1.5", "2.25", "3", *["4.75"] * 5, bad])
+        task, splits = G.open_task(tmp_path, "scores")
+        assert task.classes == () and [row[2] for row in splits["dev"].rows[:4]] == [0.5, 1.5, 2.25, 3]
+        assert splits["train"].bad == [f"{scores / 'train.tsv'} line 11: label {bad!r} is no number"]
+    own(tmp_path / "versions", ["1.5", "2.0", "2.0", "beta", "none"])
+    assert G.open_task(tmp_path, "versions")[0].classes == ("1.5", "2.0", "beta", "none")
+
+
+def test_whole_numbers_are_classes_however_written(tmp_path):
+    own(tmp_path / "mixed", ["1", "1.0", "0", "10.", "-2.00"])
+    own(tmp_path / "mixed", ["0.0", "1", "10", "-2", "0.5"], splits=["dev"])
+    task, splits = G.open_task(tmp_path, "mixed")
+    assert task.classes == ("-2", "0", "1", "10") and [row[2] for row in splits["train"].rows] == [2, 2, 1, 3, 0]
+    assert [row[2] for row in splits["dev"].rows] == [1, 2, 3, 0] and len(splits["dev"].bad) == 1
+
+
+def test_columns_must_be_clear(tmp_path):
+    for i, header in enumerate(("label\tlabel", "sentence\tlabel\tsentence", "sentence\tsentence1\tsentence2\tlabel",
+                                "sentence\tlabel\tsentence1", "sentence1\tlabel")):
+        own(tmp_path / str(i), "01", header)
+        with pytest.raises(BadInput, match="train.tsv: its columns are .*each once") as e:
+            G.open_task(tmp_path, str(i))
+        assert "\n" not in str(e.value)
+    own(own(tmp_path / "dev", "01"), "01", "sentence\tlabel\tlabel", ["dev"])
+    with pytest.raises(BadInput, match="dev.tsv: 2 columns are called label; keep one"):
+        G.open_task(tmp_path, "dev")
+
+
+def test_splits_come_from_one_folder(tmp_path):
+    own(own(tmp_path / "mine", "01", splits=["train"]).parent, "01", splits=["dev"])
+    with pytest.raises(BadInput, match="mine/dev.tsv: no such file"):
+        G.open_task(tmp_path, "mine")
+
+
 def test_sentences_become_ids(vocabulary):
     a, b = vocabulary.encode("the cat sat"), vocabulary.encode("on banana mat")
     assert G.sentence_ids(vocabulary, "the cat sat") == [0, *a, 2]
