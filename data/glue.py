@@ -120,7 +120,8 @@ def find_split(folder, name, split):
 
 def read_table(path, header=None):
     """-> names of the columns, [(line number, row)]; .tsv has no quoting, .csv has. Empty lines are left out. Raises BadInput."""
-    rows, lines, last = [], lines_of(path), 0
+    rows, lines, last = [], lines_of(path, whole=True), 0
+    csv.field_size_limit(1 << 30)                                                  # characters of a cell; else it is 131072
     try:
         if path.endswith(".csv"):
             table = csv.reader(lines, strict=True)

@@ -310,21 +310,23 @@ def train_vocabulary(texts, vocab_size, show=False):
 
 # -------------------------------------------------------------------------------------------- files -> prepared corpus
 
-def lines_of(path, bar=None):
-    """Lines of a UTF-8 file with their newline; CR LF becomes LF, a line of over a million characters comes in parts.
-    Never holds more than a few MB. Raises BadInput: the file, and the byte that is wrong."""
+def lines_of(path, bar=None, whole=False):
+    """Lines of a UTF-8 file with their newline; CR LF becomes LF. Unless `whole`, a line of over a million characters comes in
+    parts, and never more than a few MB are held. Raises BadInput: the file, and the byte that is wrong (a NUL is, too)."""
     at, rest, text = 0, b"", ""
     try:
         with open(path, "rb") as file:
             while chunk := file.read(LINE):
                 rest += chunk
                 new, used = codecs.utf_8_decode(rest, "strict", False)             # up to the last whole character
+                if (zero := rest.find(0)) >= 0:
+                    raise UnicodeDecodeError("utf-8", rest, zero, zero + 1, "a NUL, as UTF-16 has many")
                 text += new if at else new.removeprefix("\ufeff")
                 at, rest = at + used, rest[used:]
                 *lines, text = text.split("\n")
                 for line in lines:
                     yield line.removesuffix("\r") + "\n"
-                if len(text) > LINE:
+                if len(text) > LINE and not whole:
                     space = text.rfind(" ", 1)
                     yield text[:space] if space > 0 else text
                     text = text[space:] if space > 0 else ""

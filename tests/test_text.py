@@ -352,6 +352,9 @@ def test_wrong_bytes_are_located(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(good + "日".encode()[:2])
     with pytest.raises(BadInput, match=rf"byte {len(good)}: not UTF-8 \(unexpected end"):
         list(T.lines_of(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(good[:-1] + " One line.\nTwo.\n".encode("utf-16-le"))     # no mark says so
+    with pytest.raises(BadInput, match=rf"a byte {len(good)}: not UTF-8 \(a NUL, as UTF-16 has many\); convert"):
+        list(T.lines_of(tmp_path / "a"))
     with pytest.raises(BadInput, match="No such file"):
         list(T.lines_of(tmp_path / "b"))
 
@@ -920,6 +923,16 @@ def test_splits_come_from_one_folder(tmp_path):
     own(own(tmp_path / "mine", "01", splits=["train"]).parent, "01", splits=["dev"])
     with pytest.raises(BadInput, match="mine/dev.tsv: no such file"):
         G.open_task(tmp_path, "mine")
+
+
+def test_long_lines_and_cells(tmp_path, monkeypatch):
+    long = "word " * 40_000                                                               # Python's csv stops at 131072 characters
+    for end, cell in ((".tsv", long), (".csv", f'"{long}\n"')):
+        gap = "," if end == ".csv" else "\t"
+        (tmp_path / f"train{end}").write_text(f"sentence{gap}label\n{cell}{gap}1\na{gap}0\n")
+        monkeypatch.setattr(T, "LINE", 64)                                                # lines fall across chunks
+        rows = G.read_table(str(tmp_path / f"train{end}"))[1]
+        assert [(line, row[0].strip(), row[1]) for line, row in rows] == [(2, long.strip(), "1"), (3 + (end == ".csv"), "a", "0")]
 
 
 def test_sentences_become_ids(vocabulary):
