@@ -256,8 +256,8 @@ MRPC_FILES = {"train": "senteval/senteval_data/msr_paraphrase_train.txt",
 
 
 def fetch(url, path, md5):
-    """Fetch a file unless it is there; the md5 is checked if one is given. Raises BadInput."""
-    if not os.path.exists(path):
+    """Fetch a file unless it is there, and not empty; the md5 is checked if one is given. Raises BadInput."""
+    if not os.path.exists(path) or not os.path.getsize(path):
         download(url, path, md5)
     elif md5 and md5_of(path) != md5:
         raise BadInput(f"{path}: its md5 is not {md5}; remove it and run this again")
@@ -269,8 +269,11 @@ def download_task(out, name, url, md5=None):
     A zip says itself whether it is whole (the CRC of each file). Of MRPC, whose files are not in a zip, `md5` is train's.
     """
     target = os.path.join(out, name)
-    if os.path.isdir(target):
+    files = [os.path.join(target, f"{split}.tsv") for split in ("train", *TASKS[name].dev)]
+    if not (lacks := [path for path in files if not os.path.isfile(path) or not os.path.getsize(path)]):
         return
+    if os.path.isdir(target) and os.listdir(target):
+        raise BadInput(f"{lacks[0]}: missing or empty; remove {target} and run this again")
     part = os.path.join(out, f".{name}.part")                                      # hidden until whole
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
@@ -312,12 +315,13 @@ def mrpc(out, part, url, md5):
         fetch(f"{url.rstrip('/')}/{file}", places[split], md5 if split == "train" else None)
     dev, written = {tuple(line.split()) for line in lines_of(places["dev"])}, Counter()
     for split in ("train", "test"):
-        header, *lines = lines_of(places[split])
+        if not (lines := list(lines_of(places[split]))):
+            raise BadInput(f"{places[split]}: came empty; run this again, or download it by hand")
         with open(os.path.join(part, f"{split}.tsv"), "w", encoding="utf-8", newline="\n") as file, \
                 open(os.path.join(part, "dev.tsv"), "a", encoding="utf-8", newline="\n") as held_out:
-            file.write(header)
-            held_out.write(header if split == "train" else "")
-            for line in lines:
+            file.write(lines[0])
+            held_out.write(lines[0] if split == "train" else "")
+            for line in lines[1:]:
                 listed = split == "train" and tuple(line.split("\t")[1:3]) in dev
                 written[split, listed] += 1
                 (held_out if listed else file).write(line)

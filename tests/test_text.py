@@ -1030,6 +1030,15 @@ def test_glue_is_fetched(server, tmp_path, monkeypatch, capsys):
     asked = len(server.asked)
     run(monkeypatch, "glue", "--out", out, "--tasks", *names, "--url", server.url)
     assert len(server.asked) == asked                                                     # all there
+    dev = out / "MNLI" / "dev_mismatched.tsv"
+    for spoil in (lambda: dev.write_text(""), dev.unlink):
+        spoil()
+        with pytest.raises(BadInput, match="MNLI/dev_mismatched.tsv: missing or empty; remove .*/MNLI and run this again"):
+            G.download_task(str(out), "MNLI", server.url)
+    for path in (out / "MNLI").iterdir():
+        path.unlink()
+    G.download_task(str(out), "MNLI", server.url)                                         # an empty folder is nothing
+    assert dev.stat().st_size
 
 
 def test_glue_goes_on_after_a_break(server, tmp_path):
@@ -1071,7 +1080,7 @@ def test_wrong_archives(server, tmp_path, monkeypatch):
         run(monkeypatch, "glue", "--out", out, "--tasks", "WNLI", "--url", server.url)
 
 
-def test_mrpc_is_split(server, tmp_path):
+def test_mrpc_is_split(server, tmp_path, monkeypatch):
     header, row = LAYOUTS["MRPC"][0], LAYOUTS["MRPC"][1]
     rows = [["1", str(i), str(i + 50), f'A "{i}', f"B {i}"] for i in range(10)]
     names = dict(zip(("train", "test", "dev"), (f"/{G.MRPC_FILES[split]}" for split in ("train", "test", "dev"))))
@@ -1083,6 +1092,15 @@ def test_mrpc_is_split(server, tmp_path):
     assert [r[0] for r in splits["dev"].rows] == ['A "3', 'A "7']
     assert [r[0] for r in splits["train"].rows] == [f'A "{i}' for i in range(10) if i not in (3, 7)]
     assert G.read_task(tmp_path, "MRPC", "test").rows == [LAYOUTS["MRPC"][2]]
+    for split in ("train", "test"):
+        (folder := tmp_path / f"empty_{split}").mkdir()
+        for name in names.values():
+            (folder / os.path.basename(name)).write_bytes(b"" if name == names[split] else server.files[name])
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"{split}.txt: came empty; run this again"):
+            patch.setattr(G, "download", lambda url, path, md5: None)                     # and so it does again
+            G.download_task(str(folder), "MRPC", server.url)
+        G.download_task(str(folder), "MRPC", server.url)
+        assert len(G.open_task(folder, "MRPC")[1]["train"].rows) == 8
     server.files[names["dev"]] = tsv(["3", "53"], ["7", "58"]).encode()
     (tmp_path / "other").mkdir()
     with pytest.raises(BadInput, match="mrpc_dev_ids.tsv: 1 of its 2 pairs are in"):
