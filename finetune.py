@@ -248,16 +248,20 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
     start = replace(cfg, init=str(stored)) if resuming else cfg
     state = read(start)  # before the data: its message is the better one for a checkpoint of another kind
     task = labels.TASKS[cfg.goal](cfg, lambda classes: build(start, classes, state), place, accumulation, bad)
-    folder, model = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank), task.model
+    folder, model = Path(cfg.out), task.model
+    if resuming and (state["goal"], state["finetune"].get("task", ""), state["classes"]) != (cfg.goal, cfg.task, task.classes):
+        theirs = f"{state['finetune'].get('task') or state['goal']} with classes {', '.join(state['classes'][:4])}"
+        raise BadInput(f"{stored}: a run of {theirs}, not of what this command trains for; choose another --out")
 
     if cfg.compile and cfg.goal in ("images", "sentences"):
         model.encoder.compile()
     elif cfg.compile:
         model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
     if cfg.eval_only:
+        common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
         scores, bad = task.evaluate(), set().union(*common.gather(bad))
         if rank == 0:
-            for line in sorted(bad):
+            for line in some(bad):
                 print(f"skipped {line}")
             common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
             print(show(scores))
@@ -281,8 +285,9 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
         for layer, decays, inside in groups
     ]
     optimizer = torch.optim.AdamW(
-        [{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True
-    )
+        [{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6 if cfg.goal == "sentences" else 1e-8,
+        fused=True,
+    )  # fmt: skip
     step, best, row, state = 0, {}, {"seconds": 0.0}, task.state
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
     if resuming:
@@ -296,6 +301,7 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, best, row = state["step"], state["best"], state["row"]
         bad |= set(state["bad"])
+    common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)  # now that the checkpoint fits: a refused command changes nothing
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal in ("letters", "sounds")) if world > 1 else model
 
@@ -349,7 +355,7 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
             bar.write(f"step {step}: {show(scores)}") if rank == 0 else None
         if rank == 0:
             print(json.dumps(row), file=metrics)
-            for line in sorted(bad - named):
+            for line in some(bad - named):
                 bar.write(f"skipped {line}")
             named |= bad
         if save_now:
@@ -367,7 +373,7 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
 
     bad = set().union(*common.gather(bad))
     if rank == 0:
-        for line in sorted(bad - named):  # met by other processes
+        for line in some(bad - named):  # met by other processes
             print(f"skipped {line}")
         results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
         results |= {k: row[k] for k in best if k != "best_step"} | {f"best_{k}": v for k, v in best.items() if k != "best_step"}
@@ -379,6 +385,11 @@ def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> 
 
 def better(scores: dict, best: dict, task: labels.Task) -> bool:
     return not best or (scores[task.metric] < best[task.metric] if task.lower else scores[task.metric] > best[task.metric])
+
+
+def some(bad: set[str], most: int = 10) -> list[str]:
+    lines = sorted(bad)
+    return lines[:most] + [f"{len(lines) - most} more"] * (len(lines) > most)
 
 
 def show(scores: dict) -> str:
@@ -480,23 +491,33 @@ def paper_values(cfg: Config) -> Config:
 
 def sweep(cfg: Config, place) -> None:
     """--lrs x --seeds runs in folders of --out, then results.json and table.md: mean and std over seeds of the last step."""
-    if cfg.goal != "sentences":
-        raise BadInput("--sweep: is for sentences; run finetune.py once for each value instead")
+    if cfg.goal != "sentences" or cfg.eval_only or cfg.predict:
+        raise BadInput("--sweep: trains, on sentences; run finetune.py once for each value instead, and --eval_only or --predict without it")
+    common.check_range(cfg, 1, math.inf, "seeds")
     try:
         lrs = [float(lr) for lr in cfg.lrs]
     except ValueError:
-        raise BadInput(f"--lrs {' '.join(cfg.lrs)}: must be numbers") from None
+        lrs = []
+    if not all(0 < lr < math.inf for lr in lrs) or len(set(lrs)) < len(cfg.lrs):
+        raise BadInput(f"--lrs {' '.join(cfg.lrs)}: must be numbers above 0, each once")
     folder, table, metrics = common.open_run(cfg.out, asdict(cfg), cfg.resume, place[0]), {}, ()
     for name, lr in zip(cfg.lrs, lrs):
         runs = []
         for seed in range(cfg.seeds):
             out = folder / f"lr{name}-seed{seed}"
-            if not (cfg.resume and (out / "results.json").exists()):
-                train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), place)
+            try:
+                if not (cfg.resume and (out / "results.json").exists()):
+                    train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), place)
+            except SystemExit as end:  # of every process: the loss is not finite
+                print(f"{out}: {end}; left out of the table") if place[0] == 0 else None
+                break
             common.gather(None)  # rank 0 writes the results
             runs.append(json.loads((out / "results.json").read_text()))
-        metrics = [key for key in runs[0] if key.startswith(tuple(glue.METRICS))]
-        table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
+        if len(runs) == cfg.seeds:
+            metrics = [key for key in runs[0] if key.startswith(tuple(glue.METRICS))]
+            table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
+    if not table:
+        raise SystemExit(f"{folder}: no learning rate of --lrs {' '.join(cfg.lrs)} has a finite loss; try smaller ones" if place[0] == 0 else 1)
     if place[0] == 0:
         best = max(table, key=lambda name: table[name][metrics[0]][0])
         lines = [f"| {cfg.task}, lr | " + " | ".join(metrics) + " |", "|---:|" + "---|" * len(metrics)]
@@ -515,22 +536,24 @@ def predict(cfg: Config, place) -> None:
     _, _, device, autocast = place
     model, state, classes = build(cfg)
     model.to(device).eval()
+    vocabulary = text.Vocabulary.parse(state["vocabulary"]) if cfg.goal == "sentences" else None
 
     def read(path):  # -> (1, ...), what the model takes
         if cfg.goal == "images":
             picture = images.center_crop(images.load_image(path), model.encoder.embed.image_size)
             return images.normalise(images.to_tensor(picture)[None].to(device))
-        if cfg.goal == "sentences":  # a pair is two sentences with a tab between them
-            vocabulary = text.Vocabulary.parse(state["vocabulary"])
-            ids = glue.sentence_ids(vocabulary, *path.split("\t", 1), max_tokens=state["config"]["max_tokens"])
-            return torch.tensor([ids], device=device)
+        if cfg.goal == "sentences":
+            parts = path.split("\t")
+            if not all(map(str.strip, parts)) or len(parts) != state.get("parts", len(parts)):
+                raise BadInput(f"this model reads {('one sentence', 'two sentences with a tab between them')[state.get('parts', 1) - 1]}")
+            return torch.tensor([glue.sentence_ids(vocabulary, *parts, max_tokens=state["config"]["max_tokens"])], device=device)
         return torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
 
     readable = 0
     for path in cfg.predict:
         try:
             x = read(path)
-        except (images.BadImage, audio.BadAudio) as error:
+        except (images.BadImage, audio.BadAudio, BadInput) as error:
             print(f"{path}: skipped, {error}")
             continue
         readable += 1
@@ -548,7 +571,8 @@ def predict(cfg: Config, place) -> None:
             answer = ", ".join(f"{classes[i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
         print(f"{path}: {answer}")
     if not readable:
-        raise BadInput(f"--predict: none of these files is a {'picture' if cfg.goal == 'images' else 'recording'} that can be read")
+        kind = {"images": "is a picture", "sentences": "is a sentence"}.get(cfg.goal, "is a recording")
+        raise BadInput(f"--predict: none of these {kind} that can be read")
 
 
 if __name__ == "__main__":

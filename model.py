@@ -496,13 +496,19 @@ class Student(nn.Module):
         return self.head(features[:, self.encoder.prefix :][mask]), x.detach(), valid
 
 
-def regression_head(dim: int, layers: int = 1) -> nn.Module:
-    """Linear(D, D) (vision, speech) or Linear(D, 2D), GELU, Linear(2D, D) (text); more layers repeat the wide one."""
+def regression_head(dim: int, layers: int = 1, std: float = 0.0) -> nn.Module:
+    """Linear(D, D) (vision, speech) or Linear(D, 2D), GELU, Linear(2D, D) (text); more layers repeat the wide one.
+
+    std > 0 starts with BERT's normal(std) and zero biases (text) instead of torch's uniform values.
+    """
+    widths = [dim] + (layers - 1) * [2 * dim] + [dim]
+    linears = [nn.Linear(w, v) for w, v in zip(widths, widths[1:])]
+    for linear in linears if std else ():
+        nn.init.normal_(linear.weight, std=std)
+        nn.init.zeros_(linear.bias)
     if layers == 1:
-        return nn.Linear(dim, dim)
-    widths = [dim] + (layers - 1) * [2 * dim]
-    wide = [module for w, v in zip(widths, widths[1:]) for module in (nn.Linear(w, v), nn.GELU())]
-    return nn.Sequential(*wide, nn.Linear(2 * dim, dim))
+        return linears[0]
+    return nn.Sequential(*(module for linear in linears[:-1] for module in (linear, nn.GELU())), linears[-1])
 
 
 class Classifier(nn.Module):

@@ -13,6 +13,7 @@ import math
 import re
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -209,7 +210,7 @@ def main():
     )
 
     # ---- the run's folder, and what is already there
-    folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
+    folder = Path(cfg.out)
     step, begin, row, bad, named = 0, None, {"seconds": 0.0}, {*train.bad, *valid.bad}, set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout and layer drop, which differ between processes
     resumed = cfg.resume and (folder / "ckpt.pt").exists()
@@ -231,6 +232,7 @@ def main():
         optimizer.param_groups[0] |= {"weight_decay": cfg.weight_decay, "betas": (0.9, cfg.beta2)}  # this command's, not the file's
         common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
         step, begin, row, bad = state["step"], state["begin"], state["row"], bad | set(state["bad"])
+    common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)  # now that the checkpoint fits: a refused command changes nothing
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         for network in (student.encoder, teacher.encoder):

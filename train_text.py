@@ -65,7 +65,7 @@ class Config:
     head_layers: int = option(2, "layers of the regression head")
     token_std: float = option(0.02, "std of the token table at the start; its ratio to position_std is what targets hold of each")
     position_std: float = option(0.02, "std of the position table at the start; as large as tokens', a short run learns positions alone")
-    weight_std: float = option(0.02, "std of the blocks' matrices at the start; 0: 1 / sqrt(inputs), as small widths want")
+    weight_std: float = option(0.02, "std of matrices in blocks and head at the start; 0: 1 / sqrt(inputs), as small widths want")
     # data2vec
     objective: str = option("data2vec", "or mlm: predict the token itself, BERT's objective, with the same model and masks (the comparison)", ("data2vec", "mlm"))
     mask_p: float = option(0.15, "share of tokens to select (spans: to hide if they never met)")
@@ -163,7 +163,7 @@ def build(cfg: Config, vocab: int) -> Student:
         dropout=cfg.dropout, attn_dropout=cfg.attn_dropout, target=cfg.target, token_std=cfg.token_std,
         position_std=cfg.position_std, weight_std=cfg.weight_std, eps=cfg.norm_eps,
     )  # fmt: skip
-    return Student(encoder, regression_head(cfg.dim, cfg.head_layers) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
+    return Student(encoder, regression_head(cfg.dim, cfg.head_layers, cfg.weight_std) if cfg.objective == "data2vec" else nn.Linear(cfg.dim, vocab))
 
 
 def read(path, student: Student, cfg: Config, vocabulary: text.Vocabulary) -> dict:
@@ -207,7 +207,7 @@ def main():
     )
 
     # ---- the run's folder, and what is already there
-    folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
+    folder = Path(cfg.out)
     step, begin, row = 0, None, {"seconds": 0.0}
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout, which differs between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
@@ -223,6 +223,7 @@ def main():
         if cfg.init_teacher == "teacher" and state["teacher"]:
             convert.load_into(teacher, state["teacher"], cfg.init)
     teacher.update(student.encoder, tau=1.0)  # what is shared is the student's, whatever the file's run shared
+    common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)  # now that the checkpoint fits: a refused command changes nothing
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if rank == 0:
         vocabulary.save(folder / "vocab")

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -201,7 +202,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
     # ---- the run's folder, and what is already there
-    folder = common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
+    folder = Path(cfg.out)
     step, begin, row, bad, named = 0, None, {"seconds": 0.0}, set(), set()
     torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for dropout and drop path, which differ between processes
     if cfg.resume and (folder / "ckpt.pt").exists():
@@ -227,6 +228,7 @@ def main():
         teacher.update(student.encoder, tau=0.0)  # a copy of the student
         if cfg.init_teacher == "teacher" and state["teacher"]:
             convert.load_into(teacher, state["teacher"], cfg.init, *grids)
+    common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)  # now that the checkpoint fits: a refused command changes nothing
     metrics = common.open_metrics(folder, step) if rank == 0 else None
     if cfg.compile:
         student.encoder.compile()

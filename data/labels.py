@@ -252,7 +252,8 @@ def sentences_task(cfg, build, place, accumulation, bad) -> Task:
     classifier.to(device)
     vocabulary, longest = text.Vocabulary.parse(state["vocabulary"]), state["config"]["max_tokens"]
     held_out = {split: glue.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
-    train = held_out.pop("train").part(images.label_subset([0] * len(parts["train"].rows), cfg.label_fraction, cfg.seed))
+    strata = [label if spec.classes else 0 for *_, label in parts["train"].rows]
+    train = held_out.pop("train").part(images.label_subset(strata, cfg.label_fraction, cfg.seed))
 
     def load(sentences, keys):
         return DataLoader(sentences, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",
@@ -291,7 +292,7 @@ def sentences_task(cfg, build, place, accumulation, bad) -> Task:
         classifier.train()
         return scores
 
-    examples, extra = f"{len(train)} sentences", {"vocabulary": state["vocabulary"]}
+    examples, extra = f"{len(train)} sentences", {"vocabulary": state["vocabulary"], "parts": 1 + (spec.columns[1] is not None)}
     return Task(classifier, state, classes, examples, spec.metrics[0], False, batches, weigh, loss, evaluate, extra)
 
 

@@ -162,6 +162,57 @@ def test_a_sweep_leaves_a_table_of_means_and_goes_on_where_it_was(data, pretrain
     assert (tmp_path / "s/lr1e-3-seed0/results.json").stat().st_mtime_ns == before
 
 
+def test_a_rate_that_diverges_is_left_out_of_the_table(data, pretrained, tmp_path):
+    flags = ["--task", "SST-2", "--data", data, "--init", pretrained, "--sweep", "--seeds", 1, "--out", tmp_path / "s"]
+    out = done(tune(*flags, "--lrs", "1e30", "1e-3"))
+    assert "lr1e30-seed0: step" in out and [*results(tmp_path / "s")["table"]] == ["1e-3"]
+    assert "1e30" not in (tmp_path / "s/table.md").read_text()
+    status, _, error = tune(*flags[:-1], tmp_path / "none", "--lrs", "1e30")
+    assert status == 1 and "no learning rate" in str(error)
+
+
+def test_a_sweep_neither_evaluates_nor_predicts(finished, data, tmp_path):
+    for flags in (["--eval_only"], ["--predict", "a film"]):
+        assert "--sweep" in refused(call(finetune, "--init", finished / "best.pt", "--sweep", "--data", data, "--out", tmp_path / "s", *flags))
+
+
+def test_a_resumed_run_keeps_its_task_and_classes(data, pretrained, tmp_path):
+    """Another task of as many classes would go on silently, and its best checkpoint would be the old task's."""
+    out = tmp_path / "run"
+    done(tune("--task", "pairs", "--data", data, "--init", pretrained, "--out", out))
+    before = (out / "config.json").read_text()
+    words = (data / "pairs/train.tsv").read_text().replace("\tno\n", "\tnever\n").splitlines()
+    write_task(tmp_path / "other/pairs", words[0], words[1:])  # the same name, other classes
+    for flags in (["--task", "CoLA"], ["--task", "SST-2"], ["--data", tmp_path / "other"]):
+        assert "a run of pairs with classes no, yes" in refused(call(finetune, "--resume", "--out", out, "--steps", 9, *flags))
+        assert (out / "config.json").read_text() == before
+    done(call(finetune, "--resume", "--out", out, "--steps", 9))
+
+
+def test_each_sentence_of_predict_is_answered_or_skipped(finished, data, pretrained, tmp_path):
+    out = done(call(finetune, "--init", finished / "best.pt", "--predict", "the film", "", "bad \udcff byte", "two\tsentences", "i say"))
+    assert [line.split(": ")[1].split(",")[0] for line in out.splitlines()] [1:4] == 3 * ["skipped"] and "i say: " in out
+    assert "one sentence" in out.splitlines()[3]
+    done(tune("--task", "pairs", "--data", data, "--init", pretrained, "--out", tmp_path / "run"))
+    pair = partial(call, finetune, "--init", tmp_path / "run/best.pt", "--predict")
+    assert "none of these is a sentence" in refused(pair("the film"))
+    assert ": skipped" not in done(pair("the film\tagain"))
+
+
+def test_a_small_share_of_the_labels_holds_every_class(data, pretrained, tmp_path):
+    lines = [f"{word}\t{label}" for label, n in (("no", 95), ("yes", 5)) for word in ["words"] * n]
+    write_task(tmp_path / "rare", "sentence\tlabel", lines)
+    (tmp_path / "rare/dev.tsv").write_text((tmp_path / "rare/train.tsv").read_text())
+    for seed in range(3):
+        flags = ["--task", "rare", "--data", tmp_path, "--init", pretrained, "--label_fraction", 0.05, "--seed", seed, "--out", tmp_path / f"{seed}"]
+        done(tune(*flags, "--steps", 1))
+        assert results(tmp_path / f"{seed}")["sentences"] == 6  # round(4.75) + 1
+
+
+def test_adam_is_the_papers(finished):
+    assert {group["eps"] for group in checkpoint(finished)["optimizer"]["param_groups"]} == {1e-6}
+
+
 def test_eval_only_and_predict_know_what_the_file_is_for(finished, data, tmp_path):
     out = done(call(finetune, "--init", finished / "ckpt.pt", "--data", data, "--eval_only", "--out", tmp_path / "eval", "--workers", 0))
     assert results(tmp_path / "eval")["accuracy"] == results(finished)["accuracy"] and "accuracy" in out
@@ -202,7 +253,9 @@ def test_what_cannot_work_is_one_line(data, pretrained, tmp_path):
     assert "--task" in refused(tune(*both))
     assert "train.tsv" in refused(tune(*both, "--task", "WNLI"))
     assert "random" in refused(tune("--data", data, "--task", "SST-2", "--out", tmp_path / "no"))
-    assert "--lrs" in refused(tune(*both, "--task", "SST-2", "--sweep", "--lrs", "fast"))
+    for lrs in (["fast"], ["1e-4", "0.0001"], ["1e-4", "0"], ["-1"], ["inf"]):
+        assert "--lrs" in refused(tune(*both, "--task", "SST-2", "--sweep", "--lrs", *lrs))
+    assert "--seeds" in refused(tune(*both, "--task", "SST-2", "--sweep", "--seeds", 0))
     assert not (tmp_path / "no" / "results.json").exists()
 
 
@@ -213,5 +266,10 @@ def test_bad_rows_are_named_with_file_and_line_and_counted(data, pretrained, tmp
     out = done(tune("--task", "SST-2", "--data", tmp_path / "data", "--init", pretrained, "--out", tmp_path / "run"))
     for line, why in ((4, "1 columns"), (5, "maybe"), (6, "no label")):
         assert f"train.tsv line {line}: " in out and why in out
+    many = "\n".join(["sentence\tlabel", "fine\t1", "dull\t0", *30 * ["no label\t"]])
+    for split in ("train", "dev"):
+        (tmp_path / f"data/SST-2/{split}.tsv").write_text(many + "\n")
+    out_many = done(tune("--task", "SST-2", "--data", tmp_path / "data", "--init", pretrained, "--out", tmp_path / "many"))
+    assert out_many.count("skipped ") == 11 and "skipped 50 more" in out_many
     assert results(tmp_path / "run")["skipped_files"] == 6 and results(tmp_path / "run")["sentences"] == 40  # in train and dev
     assert json.loads((tmp_path / "run/config.json").read_text())["task"] == "SST-2"

@@ -473,9 +473,10 @@ def test_init_with_what_does_not_fit_is_one_line(finished, mute, tmp_path, monke
 
 
 @pytest.mark.parametrize("change", ["--dim 32", "--heads 4", "--deep_norm true"])
-def test_resuming_with_another_model_is_one_line(finished, tmp_path, change):
+def test_resuming_with_another_model_is_one_line_and_costs_nothing(finished, tmp_path, change):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert "ckpt.pt" in refused(train("--out", folder, "--resume", *change.split()))
+    assert (folder / "config.json").read_text() == (finished[0] / "config.json").read_text(), "a plain --resume still goes on"
 
 
 def test_resuming_from_a_damaged_checkpoint_is_one_line(finished, tmp_path):

@@ -505,9 +505,10 @@ def test_a_checkpoint_of_another_vocabulary_is_one_line_even_if_it_has_the_same_
 
 
 @pytest.mark.parametrize("change", ["--dim 32", "--heads 4"])
-def test_resuming_with_another_model_is_one_line(finished, tmp_path, change):
+def test_resuming_with_another_model_is_one_line_and_costs_nothing(finished, tmp_path, change):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert "ckpt.pt" in refused(train("--out", folder, "--resume", *change.split()))
+    assert (folder / "config.json").read_text() == (finished[0] / "config.json").read_text(), "a plain --resume still goes on"
 
 
 def test_resuming_from_a_damaged_checkpoint_is_one_line(finished, tmp_path):
@@ -646,6 +647,9 @@ def test_tables_and_matrices_start_at_the_std_that_is_asked_for(weight_std, ffn_
         assert table.weight.std().item() == pytest.approx(std, rel=0.05)
     for table in encoder.embed.tokens, encoder.embed.positions:
         assert not table.weight[text.PAD].any()
+    first, _, last = train_text.build(cfg, 400).head  # at 0 as torch has it: uniform, std 1 / sqrt(3 inputs)
+    assert (first.weight.std().item(), last.weight.std().item()) == pytest.approx((weight_std or 192**-0.5, weight_std or 384**-0.5), rel=0.05)
+    assert bool(first.bias.any()) == (not weight_std)
 
 
 def test_tri_stage_warms_up_holds_and_decays_exponentially():

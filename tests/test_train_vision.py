@@ -349,9 +349,10 @@ def test_init_with_learned_positions_at_another_image_size_interpolates_them(pic
         assert_same(checkpoint(second)[part][name], resize_grid(checkpoint(first)[part][name], (4, 4), (6, 3)))
 
 
-def test_resuming_with_another_model_is_one_line(finished, tmp_path, main):
+def test_resuming_with_another_model_is_one_line_and_costs_nothing(finished, tmp_path, main):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert "ckpt.pt" in refused(main("--out", folder, "--resume", "--dim", 32))
+    assert (folder / "config.json").read_text() == (finished[0] / "config.json").read_text(), "a plain --resume still goes on"
 
 
 def test_resuming_from_a_damaged_checkpoint_is_one_line(finished, tmp_path, main):
