@@ -56,7 +56,7 @@ class Config:
     model: str = option("smoke", "with --init none: the pre-training preset whose model is built")
     resume: bool = option(False, "continue the run in --out from its ckpt.pt")
     eval_only: bool = option(False, "only evaluate the fine-tuned --init on the held-out part")
-    predict: list = option([], "files to classify or to write down, or sentences, with the fine-tuned --init; nothing is trained or written")
+    predict: list = option([], "files to classify or to write down, or sentences (a pair: one argument, a tab between the two), with the fine-tuned --init; nothing is trained or written")
     sweep: bool = option(False, "sentences: fine-tune with every one of --lrs, each with --seeds seeds, and make a table of the means")
     lrs: list = option(["1e-5", "2e-5", "3e-5", "4e-5"], "sweep: peak learning rates (the paper's)")
     seeds: int = option(5, "sweep: seeds 0, 1, ... for each learning rate")

@@ -8,6 +8,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,8 +190,8 @@ def main():
     accumulation, mlm = check(cfg, world), cfg.objective == "mlm"
 
     # ---- data: a sample is a function of (seed, epoch, index), whatever the rank or worker
-    if rank == 0 and cfg.data:
-        text.open_corpus(cfg.data)  # prepares plain text, once
+    if cfg.data and os.environ.get("LOCAL_RANK", "0") == "0":
+        text.open_corpus(cfg.data, show=rank == 0)  # prepares plain text, once a machine
     common.gather(None)
     train, valid, vocabulary = text.open_corpus(cfg.data, show=False) if cfg.data else text.made_corpus()
     train, valid = text.Blocks(train, cfg.max_tokens), text.Blocks(valid, cfg.max_tokens)
