@@ -490,7 +490,8 @@ class Blocks:
     documents", section 4.3). load(i) -> (n,) int64.
 
     Documents stay in order and fill a block while they fit. One that is longer than a block starts a new one, and is cut into
-    full blocks, each with <s> and </s> of its own; what remains of it starts a block that the next documents may fill.
+    full blocks, each with <s> and </s> of its own; what remains of it starts a block that the next documents may fill. (The
+    released recipe's blocks hold one document each.)
     bounds: (blocks + 1,) int64, where blocks start in the corpus's tokens.
     """
 
