@@ -544,8 +544,9 @@ def predict(cfg: Config, place) -> None:
             return images.normalise(images.to_tensor(picture)[None].to(device))
         if cfg.goal == "sentences":
             parts = path.split("\t")
-            if not all(map(str.strip, parts)) or len(parts) != state.get("parts", len(parts)):
-                raise BadInput(f"this model reads {('one sentence', 'two sentences with a tab between them')[state.get('parts', 1) - 1]}")
+            wanted = state.get("parts", min(len(parts), 2))  # a file of before that was kept takes both
+            if not all(map(str.strip, parts)) or len(parts) != wanted:
+                raise BadInput(f"this model reads {('one sentence', 'two sentences with a tab between them')[wanted - 1]}")
             return torch.tensor([glue.sentence_ids(vocabulary, *parts, max_tokens=state["config"]["max_tokens"])], device=device)
         return torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
 

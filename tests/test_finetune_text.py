@@ -193,6 +193,11 @@ def test_each_sentence_of_predict_is_answered_or_skipped(finished, data, pretrai
     out = done(call(finetune, "--init", finished / "best.pt", "--predict", "the film", "", "bad \udcff byte", "two\tsentences", "i say"))
     assert [line.split(": ")[1].split(",")[0] for line in out.splitlines()] [1:4] == 3 * ["skipped"] and "i say: " in out
     assert "one sentence" in out.splitlines()[3]
+    old = torch.load(finished / "best.pt", weights_only=True)
+    del old["parts"]  # as files were before it was kept
+    torch.save(old, tmp_path / "old.pt")
+    out = done(call(finetune, "--init", tmp_path / "old.pt", "--predict", "the film", "two\tsentences", "now\tthere\tare three"))
+    assert [": skipped" in line for line in out.splitlines()] == [False, False, True]
     done(tune("--task", "pairs", "--data", data, "--init", pretrained, "--out", tmp_path / "run"))
     pair = partial(call, finetune, "--init", tmp_path / "run/best.pt", "--predict")
     assert "none of these is a sentence" in refused(pair("the film"))
