@@ -482,7 +482,7 @@ def paper_values(cfg: Config) -> Config:
         raise BadInput(f"--task: which one? {', '.join(glue.TASKS)}, or a folder of yours in --data")
     name = {known.lower(): known for known in glue.TASKS}.get(cfg.task.lower(), cfg.task)
     steps, batch = glue.RECIPES.get(name, (0, 32))
-    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or batch, steps=cfg.steps or steps)
+    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or batch, steps=cfg.steps or steps or int(cfg.eval_only))
     if not cfg.steps:
         rows = len(glue.open_task(cfg.data, name)[1]["train"].rows)
         cfg = replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))

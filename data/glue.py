@@ -61,17 +61,18 @@ class Examples(NamedTuple):
     bad: list
 
 
-def open_task(folder, name):
-    """-> Task, {split: Examples}: train and the task's dev splits. Raises BadInput.
+def open_task(folder, name, training=True):
+    """-> Task, {split: Examples}: train, unless training=False, and the task's dev splits. Raises BadInput.
 
     name: one of TASKS, in any case; or a task of yours, a folder with train.tsv and dev.tsv (quoting off) or train.csv and
     dev.csv (quoting on) with columns sentence, or sentence1 and sentence2, and label. If 90 % of train's labels are numbers, and
     not all are whole, it is a regression (Pearson, Spearman), else the sorted labels of train are its classes (accuracy).
+    training=False: where there is no train, dev tells instead.
     """
     known = {task.lower(): task for task in TASKS}
     name = known.get(name.lower(), name)
-    task = TASKS.get(name) or own_task(find_split(folder, name, "train"))
-    return task, {split: read_task(folder, name, split, task) for split in ("train", *task.dev)}
+    task = TASKS.get(name) or own_task(find_split(folder, name, "train", *() if training else ("dev",)))
+    return task, {split: read_task(folder, name, split, task) for split in (*("train",) * training, *task.dev)}
 
 
 def own_task(path):
@@ -107,13 +108,15 @@ def number_of(text):
     return number if math.isfinite(number) else None
 
 
-def find_split(folder, name, split):
-    """-> path of a split's file: in folder/name if there is such a folder, else in the folder. Raises BadInput."""
+def find_split(folder, name, *splits):
+    """-> path of the file of the first split that is there: in folder/name if there is such a folder, else in the folder.
+    Raises BadInput."""
     inside = os.path.join(folder, name)
-    places = [os.path.join(inside if os.path.isdir(inside) else folder, split + end) for end in (".tsv", ".csv")]
+    home = inside if os.path.isdir(inside) else folder
+    places = [os.path.join(home, split + end) for split in splits for end in (".tsv", ".csv")]
     found = next((place for place in places if os.path.isfile(place)), None)
     if not found:
-        raise BadInput(f"{os.path.join(inside, split)}.tsv: no such file; `python -m data.text glue` fetches GLUE's, "
+        raise BadInput(f"{os.path.join(inside, splits[-1])}.tsv: no such file; `python -m data.text glue` fetches GLUE's, "
                        "or write one (.tsv or .csv)")
     return found
 
@@ -200,6 +203,10 @@ class Sentences(torch.utils.data.Dataset):
     def part(self, indices):
         """-> the Sentences of these rows alone, in this order."""
         return Sentences([self.rows[i] for i in indices], self.vocabulary, self.max_tokens)
+
+    def cut(self):
+        """-> number of rows that lose their end."""
+        return sum(len(sentence_ids(self.vocabulary, a, b, math.inf)) > self.max_tokens for a, b, _ in self.rows)
 
     def __getitem__(self, keys):
         rows = [self.rows[index] for _, index in keys]

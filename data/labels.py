@@ -246,14 +246,17 @@ def sounds_task(cfg, build, place, accumulation, bad) -> Task:
 def sentences_task(cfg, build, place, accumulation, bad) -> Task:
     """A task's own metrics on its dev splits: accuracy, F1, Matthews, Pearson, Spearman (section 5.3)."""
     rank, world, device, autocast = place
-    spec, parts = glue.open_task(cfg.data, cfg.task)
+    spec, parts = glue.open_task(cfg.data, cfg.task, training=not cfg.eval_only)
     bad |= {line for part in parts.values() for line in part.bad}
     classifier, state, classes = build(list(spec.classes) or ["score"])
     classifier.to(device)
     vocabulary, longest = text.Vocabulary.parse(state["vocabulary"]), state["config"]["max_tokens"]
     held_out = {split: glue.Sentences(part.rows, vocabulary, longest) for split, part in parts.items()}
-    strata = [label if spec.classes else 0 for *_, label in parts["train"].rows]
-    train = held_out.pop("train").part(images.label_subset(strata, cfg.label_fraction, cfg.seed))
+    if train := held_out.pop("train", ()):
+        strata = [label if spec.classes else 0 for *_, label in train.rows]
+        train = train.part(images.label_subset(strata, cfg.label_fraction, cfg.seed))
+    if rank == 0 and (cut := sum(sentences.cut() for sentences in held_out.values())):
+        print(f"{cut} held-out examples are longer than the model's {longest} tokens and lose their end")
 
     def load(sentences, keys):
         return DataLoader(sentences, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",

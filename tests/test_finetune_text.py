@@ -226,6 +226,21 @@ def test_eval_only_and_predict_know_what_the_file_is_for(finished, data, tmp_pat
     assert "great i say: 1 " in good and "awful i say: 0 " in bad
 
 
+@pytest.mark.parametrize("task", ["SST-2", "pairs"])
+def test_eval_only_needs_no_training_part_and_counts_what_is_cut(task, data, pretrained, tmp_path):
+    done(tune("--task", task, "--data", data, "--init", pretrained, "--out", tmp_path / "run"))
+    held_out = tmp_path / "held-out" / task
+    held_out.mkdir(parents=True)
+    lines = (data / task / "dev.tsv").read_text().splitlines()
+    (held_out / "dev.tsv").write_text("\n".join([*lines, "\t".join(["word " * 99] * lines[0].count("\t") + lines[1].split("\t")[-1:])]) + "\n")
+    told = results(tmp_path / "run")["accuracy"] * 10
+    for out, own in (("eval", []), ("papers", ["--steps", 0, "--global_batch", 0])):
+        flags = "--init", tmp_path / "run/ckpt.pt", "--eval_only", "--out", tmp_path / out, "--workers", 0, *own
+        printed = done(call(finetune, "--preset", "glue_small", "--data", held_out.parent, *flags))
+        assert "1 held-out examples are longer than the model's 32 tokens" in printed
+        assert results(tmp_path / out)["accuracy"] * 11 in (pytest.approx(told), pytest.approx(told + 1))
+
+
 def test_a_pair_is_predicted_with_a_tab_and_a_score_is_a_number(data, pretrained, tmp_path):
     done(tune("--task", "STS-B", "--data", data, "--init", pretrained, "--out", tmp_path / "run"))
     out = done(call(finetune, "--init", tmp_path / "run/best.pt", "--predict", "the film is great i say\tas was said"))
