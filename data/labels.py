@@ -256,7 +256,7 @@ def sentences_task(cfg, build, place, accumulation, bad) -> Task:
         strata = [label if spec.classes else 0 for *_, label in train.rows]
         train = train.part(images.label_subset(strata, cfg.label_fraction, cfg.seed))
     if rank == 0 and (cut := sum(sentences.cut() for sentences in held_out.values())):
-        print(f"{cut} held-out examples are longer than the model's {longest} tokens and lose their end")
+        print(f"held-out examples that are longer than the model's {longest} tokens and lose their end: {cut}")
 
     def load(sentences, keys):
         return DataLoader(sentences, batch_size=None, sampler=keys, num_workers=cfg.workers, pin_memory=device.type == "cuda",
