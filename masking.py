@@ -114,10 +114,12 @@ def span_mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Spans of tokens, all of them <mask> (the paper's best GLUE average): span_mask at p .35, span 4 hides about 30 %.
 
-    As bert_mask otherwise; special tokens within a span stay as they are and are not scored.
+    As bert_mask otherwise; special tokens within a span stay as they are and are not scored. In a text of few ordinary tokens
+    the spans are shorter than those, so that as a rule one of them stays visible.
     """
     ids = torch.from_numpy(np.array(ids, dtype=np.int64))
     allowed = (ids >= ordinary.start) & (ids < ordinary.stop)
+    span = min(span, max(1, int(allowed.sum()) - 1))
     mask = span_mask(np.array([len(ids)]), p, span, rng)[0] & allowed
     if allowed.any() and not mask.any():
         mask[rng.choice(allowed.nonzero()[:, 0].numpy())] = True

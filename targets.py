@@ -141,7 +141,9 @@ def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, k: int = 20, tempe
 
 @torch.enable_grad()
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, penalty: float = 1e-3) -> float:
-    """Top-1 of multinomial logistic regression on standardised features, fitted to the end by L-BFGS."""
+    """Top-1 of multinomial logistic regression on standardised features, fitted to the end by L-BFGS; nan if x is one row or none."""
+    if len(x) < 2:
+        return math.nan
     x, x_test = standardise(x, x_test)
     weight = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
     bias = torch.zeros(weight.shape[1], device=x.device, requires_grad=True)

@@ -82,8 +82,11 @@ def own_task(path):
     if sorted(known) not in (["label", "sentence"], ["label", "sentence1", "sentence2"]):
         raise BadInput(f"{path}: its columns are {', '.join(header)[:100]}; "
                        "it needs label, and sentence, or sentence1 and sentence2, each once and no other of these")
-    labels = [text for _, row in rows if len(row) == len(header) and (text := row[header.index("label")].strip())]
     columns = ("sentence", None, "label") if "sentence" in known else ("sentence1", "sentence2", "label")
+    faults = [fault(row, header, columns) for _, row in rows]
+    labels = [row[header.index("label")].strip() for (_, row), wrong in zip(rows, faults) if not wrong]
+    if not labels:
+        raise unusable(path, [f"{path} line {line}: {wrong}" for (line, _), wrong in zip(rows, faults)])
     numbers = [number for number in map(number_of, labels) if number is not None]
     if len(numbers) >= 0.9 * len(labels) and any(number != int(number) for number in numbers):
         return Task((), ("pearson", "spearman"), columns)
@@ -94,9 +97,26 @@ def own_task(path):
     return Task(tuple(sorted(classes, key=float if whole else None)), ("accuracy",), columns)
 
 
+def fault(row, header, columns):
+    """-> what is wrong with a row whatever its label says, or an empty text; columns: a Task's."""
+    if len(row) != len(header):
+        return f"{len(row)} columns instead of {len(header)}"
+    if not all(row[header.index(column)].strip() for column in columns[:2] if column):
+        return "an empty sentence"
+    return "" if columns[2] not in header or row[header.index(columns[2])].strip() else "no label"
+
+
+def unusable(path, bad):
+    """-> BadInput for a file of which no row can be used; bad: a line for each."""
+    return BadInput(f"{bad[0]}; nor can any other of its {len(bad)} rows be used" if bad else f"{path}: a header and no rows")
+
+
 def whole_number(label):
-    """-> the label, a whole number such as 1.0 without the point and the zeros."""
-    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", label)
+    """-> the label, a whole number as Python writes it: 1 for 1.0, 01 and +1."""
+    number = number_of(label)
+    if number is None or number != int(number):
+        return label
+    return str(int(label)) if re.fullmatch(r"[+-]?\d+", label) else str(int(number))
 
 
 def number_of(text):
@@ -158,14 +178,9 @@ def read_task(folder, name, split, task=None):
         raise BadInput(f"{path}: no column {missing[0]}; its columns are {', '.join(header)[:100]}")
     out = Examples([], [], [])
     for line, row in table:
-        value, wrong = None, ""
-        if len(row) != len(header):
-            wrong = f"{len(row)} columns instead of {len(header)}"
-        elif not row[first].strip() or second is not None and not row[second].strip():
-            wrong = "an empty sentence"
-        elif label is not None and not (text := row[label].strip()):
-            wrong = "no label"
-        elif label is not None:
+        value, wrong = None, fault(row, header, task.columns)
+        if not wrong and label is not None:
+            text = row[label].strip()
             text = text if text in task.classes else whole_number(text)
             value = number_of(text) if not task.classes else task.classes.index(text) if text in task.classes else None
             if value is None:
@@ -176,7 +191,7 @@ def read_task(folder, name, split, task=None):
             out.rows.append((row[first].strip(), None if second is None else row[second].strip(), value))
             out.lines.append(line)
     if not out.rows:
-        raise BadInput(f"{out.bad[0]}; nor can any other of its {len(table)} rows be used" if out.bad else f"{path}: no rows")
+        raise unusable(path, out.bad)
     return out
 
 
@@ -234,22 +249,27 @@ def matthews(predicted, labels):
 
 
 def pearson(predicted, labels):
-    """Linear correlation; 0 if one side is constant."""
-    a, b = (np.asarray(x, np.float64) - np.mean(np.asarray(x, np.float64)) for x in (predicted, labels))
-    scale = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale > 0 else 0.0
+    """Linear correlation; 0 if one side is constant, nan if a value is not finite."""
+    a, b = (np.asarray(x, np.float64) for x in (predicted, labels))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.nan
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def spearman(predicted, labels):
-    """Correlation of ranks; equal values share the mean of theirs."""
+    """Correlation of ranks; equal values share the mean of theirs; nan if a value is not finite."""
     return pearson(*(ranks(x) for x in (predicted, labels)))
 
 
 def ranks(x):
-    """-> (n,) float64, from 1; equal values get their mean rank."""
-    _, inverse, counts = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
+    """-> (n,) float64, from 1; equal values get their mean rank, what is not finite has none (nan)."""
+    x = np.asarray(x, np.float64)
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return ((2 * last - counts + 1) / 2)[inverse.ravel()]
+    return np.where(np.isfinite(x), ((2 * last - counts + 1) / 2)[inverse.ravel()], np.nan)
 
 
 METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}

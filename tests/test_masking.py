@@ -283,6 +283,12 @@ def test_all_that_lies_in_a_span_becomes_mask():
             assert end - start + 1 >= 4 or near, "a whole span, but for a special token that it holds"
 
 
+@pytest.mark.parametrize("ordinary", [2, 3, 4, 5])
+def test_spans_leave_something_of_a_short_text(ordinary):
+    shown = [(spans(sentence(ordinary + 3, seed), np.random.default_rng(seed))[0] < MASK).sum().item() for seed in range(200)]
+    assert sum(count > 3 for count in shown) > 150, "more than the special tokens"
+
+
 @pytest.mark.parametrize("length", [512, 128])
 def test_spans_of_tokens_hide_as_much_as_the_released_generator(length):
     """Of a text without special tokens: those are never hidden here, while the released generator hides <s> and </s>, too."""

@@ -3,6 +3,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -900,11 +901,26 @@ def test_a_bad_label_makes_no_classes(tmp_path):
 
 
 def test_whole_numbers_are_classes_however_written(tmp_path):
-    own(tmp_path / "mixed", ["1", "1.0", "0", "10.", "-2.00"])
+    own(tmp_path / "mixed", ["1", "1.0", "0", "10.", "-2.00", "01", "+1", "1e0", "12345678901234567890"])
     own(tmp_path / "mixed", ["0.0", "1", "10", "-2", "0.5"], splits=["dev"])
     task, splits = G.open_task(tmp_path, "mixed")
-    assert task.classes == ("-2", "0", "1", "10") and [row[2] for row in splits["train"].rows] == [2, 2, 1, 3, 0]
+    assert task.classes == ("-2", "0", "1", "10", "12345678901234567890")
+    assert [row[2] for row in splits["train"].rows] == [2, 2, 1, 3, 0, 2, 2, 2, 4]
     assert [row[2] for row in splits["dev"].rows] == [1, 2, 3, 0] and len(splits["dev"].bad) == 1
+
+
+@pytest.mark.parametrize("body, reason", [
+    (["abc", "def"], "line 2: 1 columns instead of 2; nor can any other of its 2 rows be used"),
+    (["abc\t", "def\t "], "line 2: no label; nor can any other of its 2 rows be used"),
+    (["\t1", "\t0"], "line 2: an empty sentence; nor can any other of its 2 rows be used"),
+    ([], ": a header and no rows"),
+    (["abc\t1", "\t0", "def\t1"], ": 1 different labels; there is nothing to tell apart"),  # a class of empty sentences is none
+])
+def test_a_task_without_usable_rows_says_why(tmp_path, body, reason):
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *body]) + "\n")
+    with pytest.raises(BadInput) as e:
+        G.open_task(tmp_path, ".")
+    assert str(e.value).partition("train.tsv")[2].strip() == reason
 
 
 def test_columns_must_be_clear(tmp_path):
@@ -990,6 +1006,9 @@ def test_metrics_against_libraries():
 
 def test_metrics_at_their_limits():
     assert G.matthews([1, 1], [0, 1]) == G.pearson([2, 2], [0, 1]) == G.spearman([0, 1], [3, 3]) == G.f1([0, 0], [1, 0]) == 0
+    assert G.pearson([0.1] * 3, [0.1] * 3) == G.pearson([0.1] * 3, [1, 2, 4]) == 0, "a mean that rounds makes no variance"
+    for bad in (math.nan, math.inf):
+        assert math.isnan(G.pearson([bad, 1, 2], [1, 2, 3])) and math.isnan(G.spearman([1, 2, 3], [bad, 1, 2]))
     assert G.f1([0], [0]) == 0 and G.f1([1], [1]) == 1 and G.matthews([0, 1], [1, 0]) == pytest.approx(-1)
     assert G.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1) and G.accuracy([2, 1], [2, 0]) == 0.5
     assert all(type(metric([1, 0], [1, 0])) is float for metric in G.METRICS.values())

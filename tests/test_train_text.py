@@ -161,6 +161,12 @@ def test_a_labelled_task_is_probed_on_mean_features_without_padding(library, tmp
     assert not (tmp_path / "no").exists(), "refused before the run's folder is made"
 
 
+def test_a_corpus_of_two_texts_has_no_probe_and_trains_all_the_same(tmp_path):
+    (tmp_path / "train.txt").write_text("hello\n\nworld\n")  # one to learn from, one held out
+    told(train("--data", tmp_path, "--out", tmp_path / "run", "--steps", 1, "--global_batch", 1))
+    assert all(math.isnan(results(tmp_path / "run")[f"probe_{when}"]) for when in ("start", "end"))
+
+
 def test_the_checkpoint_holds_all_of_the_state_as_plain_data(finished):
     state = checkpoint(finished[0])
     assert state.keys() >= {"student", "teacher", "optimizer", "step", "config", "rng", "vocabulary"}
