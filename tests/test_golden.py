@@ -85,7 +85,8 @@ def check_step(golden, student, teacher, loss, expected_gradients, after, noise=
     assert set(gradients) == set(expected_gradients)
     for name, gradient in gradients.items():
         if not name.endswith(noise):
-            close(gradient, expected_gradients[name], 1e-5, f"gradient of {name}")
+            expected = expected_gradients[name]  # sums that exceed 1 round with their size: torch 2.6 is 1.5e-5 off where one is 3.4
+            close(gradient, expected, 1e-5 * max(1.0, expected.abs().max().item()), f"gradient of {name}")
     with torch.no_grad():
         for name, p in student.named_parameters():
             p -= golden["config"]["sgd_lr"] * expected_gradients[name]  # the file's, which noise could not tell from ours
