@@ -8,7 +8,6 @@ The walk: DIR/TASK/train.tsv -> Examples -> Sentences -> (B, T) int64 and labels
 import csv
 import math
 import os
-import re
 import shutil
 import zipfile
 import zlib
@@ -113,10 +112,11 @@ def unusable(path, bad):
 
 def whole_number(label):
     """-> the label, a whole number as Python writes it: 1 for 1.0, 01 and +1."""
-    number = number_of(label)
-    if number is None or number != int(number):
-        return label
-    return str(int(label)) if re.fullmatch(r"[+-]?\d+", label) else str(int(number))
+    try:
+        return str(int(label))                                                     # also of more digits than a float holds
+    except ValueError:
+        number = number_of(label)
+    return label if number is None or number != int(number) else str(int(number))
 
 
 def number_of(text):

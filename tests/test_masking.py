@@ -283,7 +283,7 @@ def test_all_that_lies_in_a_span_becomes_mask():
             assert end - start + 1 >= 4 or near, "a whole span, but for a special token that it holds"
 
 
-@pytest.mark.parametrize("ordinary", [2, 3, 4, 5])
+@pytest.mark.parametrize("ordinary", [2, 3])
 def test_spans_leave_something_of_a_short_text(ordinary):
     shown = [(spans(sentence(ordinary + 3, seed), np.random.default_rng(seed))[0] < MASK).sum().item() for seed in range(200)]
     assert sum(count > 3 for count in shown) > 150, "more than the special tokens"

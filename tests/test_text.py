@@ -1008,7 +1008,7 @@ def test_metrics_at_their_limits():
     assert G.matthews([1, 1], [0, 1]) == G.pearson([2, 2], [0, 1]) == G.spearman([0, 1], [3, 3]) == G.f1([0, 0], [1, 0]) == 0
     assert G.pearson([0.1] * 3, [0.1] * 3) == G.pearson([0.1] * 3, [1, 2, 4]) == 0, "a mean that rounds makes no variance"
     for bad in (math.nan, math.inf):
-        assert math.isnan(G.pearson([bad, 1, 2], [1, 2, 3])) and math.isnan(G.spearman([1, 2, 3], [bad, 1, 2]))
+        assert math.isnan(G.pearson([bad, 1, 2], [3, 3, 3])) and math.isnan(G.spearman([1, 2, 3], [bad, 1, 2]))
     assert G.f1([0], [0]) == 0 and G.f1([1], [1]) == 1 and G.matthews([0, 1], [1, 0]) == pytest.approx(-1)
     assert G.spearman([1, 2, 30], [1, 4, 5]) == pytest.approx(1) and G.accuracy([2, 1], [2, 0]) == 0.5
     assert all(type(metric([1, 0], [1, 0])) is float for metric in G.METRICS.values())
