@@ -1,150 +1,397 @@
-"""Plumbing that nobody ablates: options, processes, the run's folder, checkpoints, metric lines, exit codes."""
+"""Plumbing that nobody ablates: options, processes, learning rate, checkpoints, a run's folder and log."""
 
 import argparse
 import atexit
+import copy
 import json
 import math
 import os
 import resource
 import sys
-import traceback
-from dataclasses import field, fields
+import time
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+HINT = "try a smaller --lr, a longer --warmup, a larger --tau_0, --norm instance or --dtype float32"
+COLLAPSED = {"target_std": 0.1, "pred_std": 0.01}  # a run with less has collapsed (released speech code)
 
 
-class BadInput(Exception):
-    """The user's input cannot be used; the message is one line: which file or option, what is wrong, what to do."""
+class UserError(Exception):
+    """Wrong input from a person. The message is one line: which option or file, what is wrong, what to do."""
 
 
-def run(main) -> None:
-    """Calls main(). Exit status 0; 2 and one line for input that cannot be used; 130 for Ctrl-C; 1 otherwise."""
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+def run(main):
+    """Calls main(). Exit status: 0; 2 after a UserError, told in one line; 130 after Ctrl-C; otherwise 1."""
     status = 1
     try:
         main()
-        gather(None)  # torchrun's processes leave together: none before the others have all they need from it
+        gather(None)  # torchrun ends all processes when the first one leaves, so they leave together
         status = 0
-    except (BadInput, argparse.ArgumentError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        traceback.clear_frames(error.__traceback__)  # closes a progress bar, which ends its line
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine
-            line = str(error).strip().splitlines()[-1].removeprefix("common.BadInput: ")  # torch wraps a worker's
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(status := 2)
+    except UserError as error:
+        status = 2
+        line = str(error).strip().splitlines()[-1]  # torch puts a traceback before what a worker raised
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
     except KeyboardInterrupt:
-        sys.exit(status := 130)
+        status = 130
     finally:
-        if dist.is_initialized():  # gloo's threads can hang or abort an orderly exit
+        if dist.is_initialized():  # gloo's threads can hang an orderly exit
             atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(status)))
+    sys.exit(status)
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option, of the default's type; [] takes one or more words."""
+# ---- options ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def option(default, help, choices=None, min_=-math.inf, max_=math.inf):
+    """A dataclass field that is a command-line option of the default's type (bool, int, float, str, list)."""
     kind = type(default)
 
-    def read(text: str):
-        if kind in (str, list, bool):
-            return bool(("false", "true").index(text.lower())) if kind is bool else text
-        if not math.isfinite(number := float(text)) or kind is int and number != int(number):  # 1e5 is an int too
+    def read(text):
+        if kind is bool:
+            return bool(("false", "true").index(text.lower()))
+        if kind in (str, list):
+            return text
+        number = int(text) if text.isdigit() else float(text)
+        if not math.isfinite(number) or kind(number) != number:  # a fraction is no int, while 1e5 is one
             raise ValueError
-        return int(text) if kind is int and text.isdigit() else kind(number)
-    read.__name__ = kind.__name__  # argparse names it in its message
-    flag = {"type": read, "choices": choices} | {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
-    return field(default_factory=lambda: kind(default), metadata={"help": help, "kind": kind, "flag": flag})
+        if not min_ <= number <= max_:
+            raise argparse.ArgumentTypeError(f"{text} is not between {min_:g} and {max_:g}")
+        return kind(number)
+
+    read.__name__ = kind.__name__  # argparse shows it
+    shape = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
+    flag = {"type": read, "choices": choices, "help": help} | shape
+    return field(default_factory=lambda: copy.copy(default), metadata=flag)
 
 
-def parse(config_class, presets: dict[str, dict], about: str, family: str):
-    """Command line -> config. Later wins: defaults, preset, the run's own config.json with --resume, `--key value`."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False, exit_on_error=False)
+@dataclass
+class RunConfig:
+    preset: str = option("smoke", "named set of values for the options below")
+    data: str = option("", "folder of data; empty: a small data set made on the spot, no download")
+    out: str = option("", "folder of this run; empty: runs/, with a name from the preset")
+    resume: bool = option(False, "continue the run in --out from its ckpt.pt")
+    init: str = option("", "checkpoint to start from: ours, released, or a folder of transformers")
+    steps: int = option(1000, "optimiser steps (updates); all schedules end here", min_=1)
+    seed: int = option(0, "seed of weights, order, augmentation and masks", min_=0)
+    device: str = option("auto", "auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "autocast; auto: bfloat16 if native", ("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the encoders")
+    workers: int = option(2, "data-loading processes of each training process; 0: in the loop", min_=0)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", min_=1)
+    save_every: int = option(500, "steps between checkpoints; 0: only at the end", min_=0)
+    probe_every: int = option(1000, "steps between evaluations; 0: only at the start and the end", min_=0)
+
+
+def parse(config_class, presets, description, family):
+    """Command line -> config. Later wins: defaults, preset, with --resume the run's config.json, options."""
+    parser = Parser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
-    for f in fields(config_class):
-        parser.add_argument(f"--{f.name}", **f.metadata["flag"] | ({"choices": presets} if f.name == "preset" else {}))
-    given, unknown = parser.parse_known_args()
-    if unknown:
-        raise BadInput(f"unknown option {unknown[0]}; the options are " + " ".join(f"--{f.name}" for f in fields(config_class)))
-    given, preset = vars(given), getattr(given, "preset", next(iter(presets)))
+    options = [f for f in fields(config_class) if f.metadata]  # presets and files alone set other fields
+    for f in options:
+        parser.add_argument(f"--{f.name}", **f.metadata)
+    given = vars(parser.parse_args())
+    preset, show_help = given.get("preset", next(iter(presets))), given.pop("help", False)
+    require(preset in presets, f"--preset {preset}: not one of {', '.join(presets)}")
     stored = Path(given.setdefault("out", f"runs/{family}-{preset}"), "config.json")
+    values = {"preset": preset} | presets[preset]
     if given.get("resume") and stored.exists():
         try:
-            known = vars(config_class()) | json.loads(stored.read_text())  # an option that is newer than the run: its default
-            old = {f.name: f.metadata["kind"](known[f.name]) for f in fields(config_class)}
-        except (ValueError, TypeError) as error:
-            raise BadInput(f"{stored}: damaged or of another version ({error!r}); mend it or start anew") from None
-        presets, preset = presets | {old["preset"]: old}, given.get("preset", old["preset"])
-    config = config_class(**{"preset": preset} | presets[preset] | {k: v for k, v in given.items() if k != "help"})
-    if "help" in given:
-        print(f"{about}\npresets: {', '.join(presets)}\noptions, with their values in preset {preset}:")
-        print("\n".join(f"  --{f.name} {getattr(config, f.name)}".ljust(30) + " " + f.metadata["help"] for f in fields(config)))
+            kept = json.loads(stored.read_text())
+        except ValueError as error:
+            raise UserError(f"{stored}: damaged ({error}); repair it, or use another --out") from None
+        kept = {f.name: kept[f.name] for f in fields(config_class) if f.name in kept}
+        values = kept | (values if "preset" in given else {})
+    cfg = config_class(**(values | given))
+    if show_help:
+        print(f"{description}\npresets: {', '.join(presets)}\noptions, and their values in preset {preset}:")
+        for f in options:
+            print(f"  --{f.name} {getattr(cfg, f.name)}".ljust(30), f.metadata["help"])
         sys.exit(0)
-    return config
+    return cfg
 
 
-def check_range(config, low: float, high: float, names: str) -> None:
-    """Raises BadInput unless each of the named options lies in [low, high]."""
-    for name in names.split():
-        if not low <= (value := getattr(config, name)) <= high:
-            raise BadInput(f"--{name} {value}: must be at least {low}" + (f", at most {high}" if high < math.inf else ""))
+def check_sizes(cfg):
+    """UserError if the model's sizes do not go together."""
+    require(cfg.dim % cfg.heads == 0, f"--heads {cfg.heads}: must divide --dim {cfg.dim}")
+    require(cfg.top_k <= cfg.depth, f"--top_k {cfg.top_k}: there are only --depth {cfg.depth} layers")
 
 
-def start_processes(device: str, dtype: str) -> tuple[int, int, torch.device, torch.autocast]:
-    """Joins torchrun's process group, if any -> rank, world size, device, autocast (auto: bfloat16 if native)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no GPU here; take --device cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    torch.cuda.set_device(place) if cuda else None
-    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and native)
-    dist.init_process_group("nccl" if cuda else "gloo") if "RANK" in os.environ else None
-    torch.multiprocessing.set_start_method("fork", force=True) if hasattr(os, "fork") else None  # datasets hold closures
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), place, autocast
+def accumulation_steps(global_batch, micro_batch, world):
+    """Micro-batches of a process in an update, of at most micro_batch samples (0: any)."""
+    count = math.ceil(global_batch / (world * (micro_batch or global_batch)))
+    split = f"{world} processes x {count} micro-batches; use a multiple of {world * count}"
+    require(
+        global_batch % (world * count) == 0, f"--global_batch {global_batch}: does not split into {split}"
+    )
+    return count
 
 
-def gather(value) -> list:
-    """The picklable value of every rank, in order of rank."""
-    values = [value] * int(os.environ.get("WORLD_SIZE", 1))
-    dist.all_gather_object(values, value) if dist.is_initialized() else None
+def lr_at(step, cfg):
+    """Learning rate at step 1 .. cfg.steps; warmup and decay are fractions of the steps, final_scale of lr.
+
+    A linear warm-up to lr, then cfg.schedule down to final_scale * lr: a cosine, linear, or tri_stage, which
+    holds lr and decays exponentially at the end.
+    """
+    warmup, final = round(cfg.warmup * cfg.steps), cfg.final_scale
+    if step <= warmup:
+        return cfg.lr * step / warmup
+    t = (step - warmup) / (cfg.steps - warmup)
+    if cfg.schedule == "cosine":
+        return cfg.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * t)))
+    if cfg.schedule == "linear":
+        return cfg.lr * (final + (1 - final) * (1 - t))
+    decay = round(cfg.decay * cfg.steps)
+    return cfg.lr * final ** (max(0, step - (cfg.steps - decay)) / max(decay, 1))
+
+
+def due(step, every, steps):
+    """At every `every`-th step (0: none) and at the last one."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+# ---- processes -------------------------------------------------------------------------------------------
+
+
+def start_processes(device, dtype):
+    """Joins torchrun's process group, if there is one -> rank, number of processes, device, autocast."""
+    gpu = torch.cuda.is_available() and device != "cpu"
+    require(gpu or device != "cuda", "--device cuda: torch finds no GPU; use --device cpu")
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    use_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16)
+    if "RANK" not in os.environ:
+        return 0, 1, device, autocast
+    dist.init_process_group("nccl" if gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device, autocast
+
+
+def gather(value):
+    """The (picklable) value of every process, in order of rank."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
-def open_run(out: str, config: dict, resume: bool, rank: int) -> Path:
-    """Makes the run's folder and its config.json; refuses a folder with results of a run, unless resuming."""
-    folder, kept = Path(out), [Path(out, name) for name in ("ckpt.pt", "metrics.jsonl", "results.json")]
-    if rank == 0:
-        if not resume and any(path.exists() and path.stat().st_size for path in kept):  # a failed start leaves config.json
-            raise BadInput(f"--out {out}: already holds a run; continue it with --resume, or choose another --out")
-        print(f"--resume: no ckpt.pt in {out}, so this starts at step 0") if resume and not kept[0].exists() else None
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"versions": {"python": sys.version.split()[0], "torch": torch.__version__}, "command": " ".join(sys.argv)}
-        save(folder / "config.json", config | about)
-    return folder
+def all_reduce(x):
+    """The tensor x, summed over all processes in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
-def save(path: Path, state: dict | str) -> None:
-    """Writes text, .json or a checkpoint under a temporary name, then renames: a crash leaves the previous file whole."""
-    temporary, text = path.with_name(path.name + ".tmp"), json.dumps(state, indent=2) if path.suffix == ".json" else state
-    temporary.write_text(text) if isinstance(text, str) else torch.save(state, temporary)
-    os.replace(temporary, path)
+def to_device(batch, device):
+    """A batch with its tensors on the device; all else stays as it is."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def rng_state(device: torch.device, restore: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """This process's random state (dropout, drop path), after restoring one; gather() it over ranks to save it."""
-    sources = [torch, torch.cuda][: 1 + (device.type == "cuda")]
-    for source, state in zip(sources, restore or []):
-        source.set_rng_state(state)
-    return [source.get_rng_state() for source in sources]
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 
-def open_metrics(folder: Path, step: int):
-    """metrics.jsonl, opened to append lines; those after `step`, which a resumed run writes again, are dropped."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    save(path, "".join(f"{s}\n" for s in lines if s.endswith("}") and json.loads(s)["step"] <= step))
-    return open(path, "a", buffering=1)  # a line is on disk when it is written
+def save(path, state):
+    """Writes text, .json or a checkpoint under a temporary name, then renames: the old file stays whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if isinstance(state, str) or path.suffix == ".json":
+            temporary.write_text(state if isinstance(state, str) else json.dumps(state, indent=2))
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); make room, or use another folder") from None
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """The largest memory of this process so far: the GPU's when it trains there, else resident memory."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else kilobytes / 2**20
+def load(path):
+    """A checkpoint of ours, on the CPU. UserError if it is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's readers raise nearly anything on bytes that are no checkpoint
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{path}: missing, damaged, or not a checkpoint of ours ({reason})") from None
+
+
+def load_weights(module, weights, path, fresh=()):
+    """Loads all weights; UserError with the names of those that do not fit. `fresh` parts may stay new."""
+    own = module.state_dict()
+    weights = {name: own[name] for name in own if name.split(".")[0] in fresh} | weights
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong = wrong or [name for name in own if own[name].shape != weights[name].shape]
+    require(not wrong, f"{path}: does not fit this model; see {', '.join(wrong[:5])}")
+    module.load_state_dict(weights)
+
+
+def check_same_model(cfg, config, path):
+    """UserError if a checkpoint's config differs in what the shapes of its weights do not tell."""
+    for name in [name for name in ("heads", "norm_eps", "deep_norm", "objective") if hasattr(cfg, name)]:
+        other = config.get(name, getattr(cfg, name))
+        require(other == getattr(cfg, name), f"{path}: was trained with --{name} {other}; use the same")
+
+
+def save_run(cfg, step, device, student, teacher, optimizer, **more):
+    """ckpt.pt, all that --resume needs. All processes call this; the first one writes."""
+    rng = gather([torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        state = {"student": student.state_dict(), "teacher": teacher and teacher.state_dict(), "step": step}
+        state |= {"optimizer": optimizer.state_dict(), "config": asdict(cfg), "rng": rng}
+        save(Path(cfg.out, "ckpt.pt"), state | more)
+
+
+def load_run(cfg, rank, student, teacher, optimizer):
+    """With --resume, ckpt.pt of --out, loaded into all of these; {"step": 0} if there is none."""
+    path = Path(cfg.out, "ckpt.pt")
+    if not cfg.resume or not path.exists():
+        return {"step": 0}
+    state = load(path)
+    check_same_model(cfg, state["config"], path)
+    load_weights(student, state["student"], path)
+    if teacher is not None:
+        load_weights(teacher, state["teacher"], path)
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, options):
+        group |= own  # weight decay and betas of this command, not of the file
+    if rank < len(state["rng"]):
+        for source, value in zip((torch, torch.cuda), state["rng"][rank]):
+            source.set_rng_state(value)
+    return state
+
+
+# ---- the log ---------------------------------------------------------------------------------------------
+
+
+class Log:
+    """A run's folder (config.json, metrics.jsonl, results.json) and its progress bar; lines if no terminal.
+
+    step is where the run starts; unit what advance() counts, such as "images".
+    """
+
+    def __init__(self, cfg, step, rank, device, unit):
+        self.cfg, self.rank, self.device, self.unit, self.folder = cfg, rank, device, unit, Path(cfg.out)
+        self.first, self.last, self.skipped, self.count = {}, {}, set(), 0
+        self.scored = -1  # step of the last line with scores
+        if rank == 0:
+            self.open_folder(step)
+        self.bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=True if rank else None)
+        self.now = self.marked = time.time()
+        self.started = self.now - self.last.get("seconds", 0.0)
+
+    def open_folder(self, step):
+        """Refuses a folder with a run unless resuming; drops the metrics after `step`, which come again."""
+        metrics = self.folder / "metrics.jsonl"
+        for path in (self.folder / "ckpt.pt", metrics, self.folder / "results.json"):
+            new = self.cfg.resume or not path.exists() or path.stat().st_size == 0
+            require(new, f"--out {self.folder}: holds a run; add --resume, or use another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be made ({error}); use another folder") from None
+        about = {"python": sys.version, "torch": torch.__version__, "command": " ".join(sys.argv)}
+        save(self.folder / "config.json", asdict(self.cfg) | about)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]
+        lines = [line for line in lines if line["step"] <= step]
+        save(metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
+        self.file = open(metrics, "a", buffering=1)  # noqa: SIM115  a line is on disk when it is written
+        for line in lines:
+            self.keep(line)
+
+    def keep(self, line):
+        self.first = line if line["step"] == 0 else self.first
+        self.scored = line["step"] if self.first.keys() <= line.keys() else self.scored
+        self.last = self.last | line
+
+    def watch(self, batches):
+        """Yields the batches; reports their skipped samples."""
+        for batch in batches:
+            self.report(batch.get("skipped", ()))
+            yield batch
+
+    def report(self, skipped):
+        """Names samples that were skipped, each once; those of other processes at the end."""
+        new = set(skipped) - self.skipped
+        self.skipped |= new
+        for line in sorted(new) if self.rank == 0 else ():
+            self.bar.write(f"skipped {line}")
+
+    def advance(self, count):
+        """One step is done, with `count` units (a number or scalar tensor) in all processes."""
+        self.bar.update()
+        self.count, self.now = self.count + count, time.time()
+
+    def due(self, step):
+        every = (self.cfg.log_every, self.cfg.save_every, self.cfg.probe_every)
+        return step == 1 or any(due(step, n, self.cfg.steps) for n in every)
+
+    def write(self, step, metrics, scores=None):
+        """A line of metrics.jsonl: metrics (numbers, scalar tensors) averaged over processes, and scores."""
+        scores = scores or {}
+        if metrics:
+            values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64).to(self.device)
+            metrics = dict(zip(metrics, (all_reduce(values) / len(gather(None))).tolist()))
+            self.check_health(step, metrics)
+            metrics[f"{self.unit}_per_s"] = float(self.count) / max(self.now - self.marked, 1e-9)
+        if self.rank == 0:
+            line = {"step": step} | metrics | {"seconds": time.time() - self.started} | scores
+            print(json.dumps(line), file=self.file)
+            self.keep(line)
+            text = ", ".join(f"{name} {value:.4g}" for name, value in (scores or metrics).items())
+            if self.bar.disable or scores:
+                self.bar.write(f"step {step}: {text}")
+            else:
+                self.bar.set_postfix_str(text)
+        self.marked, self.count = time.time(), 0
+        self.started = self.started if step else self.marked
+
+    def check_health(self, step, metrics):
+        """Ends a run that has diverged or, from step guard_after on (-1: never), collapsed."""
+        guarded = 0 <= getattr(self.cfg, "guard_after", -1) <= step
+        for name, value in metrics.items():
+            if not math.isfinite(value) or (guarded and value < COLLAPSED.get(name, value)):
+                self.bar.close()
+                text = f"step {step}: {name} is {value:.3g}: the run has diverged or collapsed; {HINT}"
+                raise SystemExit(text if self.rank == 0 else 1)
+
+    def finish(self, **more):
+        """results.json: cost, final loss, and KEY_start and KEY_end of what is measured from step 0 on."""
+        self.report(set().union(*gather(self.skipped)))
+        self.bar.close()
+        if self.rank > 0:
+            return
+        last = self.last
+        seconds = last.get("seconds", time.time() - self.started)
+        results = {"seconds": seconds, "peak_memory_gb": peak_memory_gb(self.device)}
+        results |= {"final_loss": last.get("loss"), "skipped_files": len(self.skipped)}
+        print(f"step {last.get('step', 0)} after {seconds:.0f} s -> {self.folder}/results.json")
+        for name in [name for name in self.first if name not in ("step", "seconds") and name in last]:
+            results |= {f"{name}_start": self.first[name], f"{name}_end": last[name]}
+            print(f"  {name:26} {self.first[name]:.3f} -> {last[name]:.3f}")
+        print("".join(f"  {name} {value:.4g}\n" for name, value in more.items()), end="")
+        save(self.folder / "results.json", results | more)
+
+
+def peak_memory_gb(device):
+    """The largest memory of this process so far: the GPU's if it trains there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / 2**20 / (1024 if sys.platform == "darwin" else 1)

@@ -1,147 +1,115 @@
-"""Fine-tune a pre-trained encoder on labels, evaluate it, or use it (paper sections 5.1 to 5.3).
+"""Fine-tune a pre-trained encoder on labels, measure it, use it (Baevski et al. 2022, sections 5.1 to 5.3).
 
-    images: classes of pictures (DIR/{train,val}/CLASS/*.jpg)
-      python finetune.py --init runs/vision-smoke/ckpt.pt                                # made images, laptop CPU
-      python finetune.py --preset cifar10 --data DIR --init CKPT --label_fraction 0.1     # 10 % of the labels
-      python finetune.py --preset cifar10 --data DIR --init none                          # the same, from scratch
-      torchrun --nproc_per_node=8 finetune.py --preset base --data DIR --init CKPT        # ImageNet-1K
-    letters: transcripts of speech, by CTC (LibriSpeech's layout)
-      python finetune.py --preset speech_smoke --init runs/speech-smoke/ckpt.pt          # made speech, laptop CPU
-      torchrun --nproc_per_node=8 finetune.py --preset 10h --data DIR --init CKPT
-    sounds: events in recordings (DIR/{train,valid}.csv, DIR/classes.txt)
-      torchrun --nproc_per_node=8 finetune.py --preset audioset --data DIR --init CKPT
-    sentences: GLUE's tasks, or one of yours (DIR/TASK/{train,dev}.tsv with columns sentence and label)
-      python finetune.py --preset glue --task CoLA --data GLUE --init CKPT --sweep         # learning rates x seeds, a table
-    use it: a fine-tuned file knows what it is for
-      python finetune.py --init runs/finetune-cifar10/best.pt --predict a.jpg b.png      # or recordings
-      python finetune.py --init runs/finetune-10h/best.pt --eval_only --data DIR --valid test-other --beam 50 --lm LM.arpa
+python finetune.py --init CKPT                                        # synthetic images, laptop CPU
+python finetune.py --preset 10h --data DIR --init CKPT                # speech; audioset: sound events
+python finetune.py --preset glue --task CoLA --data DIR --init CKPT   # or a folder of yours in DIR
+python finetune.py --init BEST --eval_only --data DIR --valid test --beam 50 --lm LM.arpa
+python finetune.py --init BEST --predict FILES                        # or sentences
 """
 
-import contextlib
-import itertools
-import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import common
 import train_speech
 import train_text
 import train_vision
-from common import BadInput, option
-from data import audio, glue, images, labels, letters, text
-from model import Classifier, Recogniser, SentenceClassifier, linear_softmax
-from tools import convert
+from common import RunConfig, UserError, due, option, require
+from data import audio, glue, images, letters, text
+from data.sampling import batches, label_subset, loader
+from masking import span_mask
+from model import init_vision
+from tools import convert, probes
 
 
 @dataclass
-class Config:
-    preset: str = option("smoke", "named set of values for the options below")
-    goal: str = option("images", "what the labels are: classes of images, letters or sound events of recordings, sentences", ("images", "letters", "sounds", "sentences"))
-    # run
-    data: str = option("", "folder (see above); empty: the made images or the made speech of pre-training")
-    task: str = option("", "sentences: one of CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, or a folder of yours in --data")
-    train: list = option([], "recordings: splits of --data to train on; none: as train_speech.py chooses")
-    valid: list = option([], "recordings: splits of --data to evaluate on; none: as train_speech.py chooses")
-    out: str = option("", "folder of this run; a run that is there already is only continued, never overwritten")
-    init: str = option("none", "checkpoint: pre-trained (ours or released) or fine-tuned; none: random weights of --model")
-    init_from: str = option("student", "which network of a pre-trained checkpoint to start from; random: it gives its sizes and vocabulary alone", ("student", "teacher", "random"))
-    model: str = option("smoke", "with --init none: the pre-training preset whose model is built")
-    resume: bool = option(False, "continue the run in --out from its ckpt.pt")
-    eval_only: bool = option(False, "only evaluate the fine-tuned --init on the held-out part")
-    predict: list = option([], "files to classify or to write down, or sentences (a pair: one argument, a tab between the two), with the fine-tuned --init; nothing is trained or written")
-    sweep: bool = option(False, "sentences: fine-tune with every one of --lrs, each with --seeds seeds, and make a table of the means")
-    lrs: list = option(["1e-5", "2e-5", "3e-5", "4e-5"], "sweep: peak learning rates (the paper's)")
-    seeds: int = option(5, "sweep: seeds 0, 1, ... for each learning rate")
-    label_fraction: float = option(1.0, "share of the training part to use, the same examples for every run of a seed, at least one a class")
-    steps: int = option(500, "optimiser steps; 0: the paper's for a GLUE task, for one of yours 10 epochs")
-    global_batch: int = option(64, "images, sentences or seconds of audio a step, whatever the number of processes; 0: the paper's for a GLUE task")
-    micro_batch: int = option(0, "images, sentences: most that a process holds at once; 0: no limit")
-    max_samples: int = option(512_000, "recordings: most samples (16,000 a second) that a process holds at once")
-    max_seconds: float = option(30.0, "recordings: longer ones are not trained on for letters, and cropped for sounds; evaluation takes them whole")
-    seed: int = option(0, "seed of the head, subset, order and augmentation")
-    device: str = option("auto", "auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "autocast; auto is bfloat16 where the hardware has it", ("auto", "float32", "bfloat16"))
-    compile: bool = option(False, "torch.compile the encoder (its Transformer, for recordings)")
-    workers: int = option(2, "data-loading processes for each training process")
-    log_every: int = option(10, "steps between metric lines")
-    save_every: int = option(500, "steps between checkpoints; 0: only at the end")
-    probe_every: int = option(100, "steps between evaluations; the best is kept as best.pt; 0: only at the end")
-    image_size: int = option(0, "pixels; 0: as pre-trained. Another size interpolates the positions")
+class Config(RunConfig):
+    task: str = option("images", "images, letters, sounds, a task of GLUE or a folder of yours in --data")
+    train: list = option([], "recordings: splits of --data to train on")
+    valid: list = option([], "recordings: splits of --data to evaluate on")
+    init: str = option("none", "pre-trained or fine-tuned checkpoint; none: random weights of --model")
+    init_from: str = option("student", "network of --init", ("student", "teacher", "random"))
+    model: str = option("smoke", "with --init none: preset of the pre-training script")
+    eval_only: bool = option(False, "only evaluate the fine-tuned --init on held-out data")
+    predict: list = option([], "files, or sentences (a tab between two), for the fine-tuned --init")
+    label_fraction: float = option(1.0, "fraction of the training data to use", min_=1e-9, max_=1)
+    global_batch: int = option(64, "images or sentences an update", min_=1)
+    micro_batch: int = option(0, "most images or sentences a process holds at once; 0: no limit", min_=0)
+    batch_seconds: int = option(64, "recordings: seconds of audio an update", min_=1)
+    max_samples: int = option(512_000, "recordings: most samples a process holds at once", min_=400)
+    max_seconds: float = option(30.0, "recordings: longer ones are left out, or cropped (sounds)", min_=0.025)
+    image_size: int = option(0, "images: pixels; 0: as pre-trained; else positions are interpolated", min_=0)
     # optimiser
-    lr: float = option(1e-3, "peak learning rate of the head; the layers below it follow by layer_decay")
-    head_lr: float = option(0.0, "peak learning rate of the head alone; 0: lr")
-    layer_decay: float = option(0.75, "each layer below the top learns this much slower; 1: all alike (from scratch)")
-    schedule: str = option("cosine", "after warmup to min_lr; or 10 % warm-up, 40 % lr, 50 % decay to 0.05 lr; or 6 % warm-up, then linearly to 0", ("cosine", "tri_stage", "linear"))
-    min_lr: float = option(1e-6, "cosine: learning rate at the last step")
-    warmup: int = option(50, "cosine: steps of linear warm-up, at most all of them")
-    weight_decay: float = option(0.05, "on matrices only")
-    beta2: float = option(0.999, "Adam's second-moment decay")
-    clip: float = option(0.0, "largest gradient norm; 0: no clipping")
-    freeze_steps: int = option(0, "recordings: the pre-trained encoder learns only after this many steps, the head at once")
-    freeze_convs: bool = option(True, "recordings: the pre-trained convolutions never learn")
-    # regularisers
-    drop_path: float = option(0.1, "images: stochastic depth, rising linearly to this at the last layer")
-    layer_drop: float = option(0.0, "recordings: probability to skip a layer")
-    dropout: float = option(0.0, "dropout on both branches of a block")
-    attn_dropout: float = option(0.0, "dropout on the attention weights")
-    ffn_dropout: float = option(0.0, "recordings: dropout inside the FFN")
-    head_dropout: float = option(0.0, "recordings, sentences: dropout before the head")
-    mask_p: float = option(0.0, "recordings: share of frames to hide, if spans never met")
-    mask_span: int = option(10, "recordings: frames in a hidden span")
-    channel_p: float = option(0.0, "recordings: share of channels to silence, if spans never met")
-    channel_span: int = option(64, "recordings: channels in a silenced span")
-    smoothing: float = option(0.1, "images: label smoothing")
-    mixup: float = option(0.0, "images: Beta parameter of mixup; sounds: probability to mix two clips; 0: off")
-    cutmix: float = option(0.0, "images: Beta parameter of cutmix; 0: off. With both on, a coin decides for each batch")
-    erasing: float = option(0.0, "images: probability to erase a random rectangle")
-    rand_augment: float = option(0.0, "images: magnitude of RandAugment, two operations, std 0.5; 0: colour jitter instead")
-    jitter: float = option(0.4, "images: brightness, contrast and saturation change by up to this")
-    crop_min: float = option(0.4, "images: smallest area of the random crop, as a share of the image")
-    # decoding of letters
-    beam: int = option(0, "letters: hypotheses of the beam search in an evaluation; 0: greedy, the best letter of each frame, as in --predict")
-    lm: str = option("", "letters: n-gram language model for the beam search, an ARPA file (python -m data.letters makes one)")
+    lr: float = option(1e-3, "peak learning rate of the top", min_=0)
+    head_lr: float = option(0.0, "peak learning rate of the head; 0: lr", min_=0)
+    layer_decay: float = option(0.75, "learning rate of a layer / of the one above", min_=0.01, max_=1)
+    schedule: str = option("cosine", "of the learning rate", ("cosine", "tri_stage", "linear"))
+    warmup: float = option(0.1, "fraction of the steps; too short and a large lr diverges", min_=0, max_=1)
+    final_scale: float = option(1e-3, "learning rate at the last step, as a fraction of lr", min_=0, max_=1)
+    weight_decay: float = option(0.05, "on matrices only", min_=0)
+    clip: float = option(0.0, "largest gradient norm; 0: no clipping", min_=0)
+    freeze_steps: int = option(0, "recordings: first steps, in which only the head learns", min_=0)
+    # regularisation
+    drop_path: float = option(0.1, "images: stochastic depth of the last layer", min_=0, max_=0.99)
+    layer_drop: float = option(0.0, "recordings: probability to skip a layer", min_=0, max_=0.99)
+    dropout: float = option(0.0, "of branches, attention weights, the head (not images')", min_=0, max_=0.99)
+    ffn_dropout: float = option(0.0, "recordings: dropout inside the FFN", min_=0, max_=0.99)
+    mask_p: float = option(0.0, "recordings: fraction of frames to hide, as in pre-training", min_=0, max_=1)
+    channel_p: float = option(0.0, "recordings: fraction of channels to set to zero", min_=0, max_=1)
+    mixup: float = option(0.0, "images: Beta parameter; sounds: probability; 0: off", min_=0)
+    cutmix: float = option(0.0, "images: Beta parameter; 0: off", min_=0)
+    erasing: float = option(0.0, "images: probability to erase a rectangle", min_=0, max_=1)
+    rand_augment: float = option(0.0, "images: magnitude; 0: colour jitter instead", min_=0, max_=10)
+    crop_min: float = option(0.4, "images: smallest area of the random crop", min_=0.01, max_=1)
+    beam: int = option(0, "letters: width of the beam search; 0: greedy", min_=0)
+    lm: str = option("", "letters: language model for the beam search, an ARPA file")
     lm_weight: float = option(2.0, "letters: weight of the language model's log10 probabilities")
-    word_score: float = option(-1.0, "letters: added for each word; a language model alone would prefer few")
+    word_score: float = option(-1.0, "letters: added for each word")
+    # values of presets, not options
+    decay: float = 0.5
+    beta2: float = 0.999
+    freeze_convs: bool = True
+    mask_span: int = 10
 
 
 IMAGENET = dict(
-    model="base", global_batch=1024, micro_batch=128, workers=10, log_every=50, save_every=2500, probe_every=6255, warmup=12_510,
-    smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25, rand_augment=9.0, crop_min=0.08,
+    model="base", global_batch=1024, micro_batch=128, workers=10, log_every=50, save_every=2500,
+    probe_every=6255, layer_decay=0.65, crop_min=0.08, mixup=0.8, cutmix=1.0, erasing=0.25, rand_augment=9.0,
 )  # fmt: skip
 CTC = dict(
-    goal="letters", model="base", global_batch=1600, max_samples=3_200_000, workers=6, log_every=50, save_every=1000, probe_every=1000,
-    lr=5e-5, layer_decay=1.0, schedule="tri_stage", weight_decay=0.0, beta2=0.98, layer_drop=0.1, ffn_dropout=0.1,
-    freeze_steps=10_000, mask_p=0.65, channel_p=0.25,
+    task="letters", model="base", batch_seconds=1600, max_samples=3_200_000, workers=6, log_every=50, lr=5e-5,
+    save_every=1000, probe_every=1000, layer_decay=1.0, schedule="tri_stage", final_scale=0.05, beta2=0.98,
+    weight_decay=0.0, layer_drop=0.1, ffn_dropout=0.1, freeze_steps=10_000, mask_p=0.65, channel_p=0.25,
 )  # fmt: skip
+SMALL_CTC = CTC | dict(mask_p=0.3, layer_drop=0.0, clip=3.0, freeze_steps=0, freeze_convs=False)
 LARGE = dict(model="large", max_samples=1_600_000)
+GLUE = dict(
+    task="", workers=1, layer_decay=1.0, schedule="linear", warmup=0.06, final_scale=0.0, weight_decay=0.1,
+    beta2=0.98, dropout=0.1,
+)  # fmt: skip
 PRESETS = {
-    # python finetune.py [--init runs/vision-smoke/ckpt.pt]: made images, 2 CPU cores, see README
-    "smoke": dict(),
-    # python finetune.py --preset cifar10 --data DIR: 2 CPU cores, see README
+    # images. base, large: ImageNet-1K, paper 84.2, 86.6 top-1; not run here. Others: 2 CPU cores, RESULTS.md
+    "smoke": dict(steps=500, probe_every=100),
     "cifar10": dict(model="cifar10", steps=500, probe_every=250, save_every=0, workers=1),
-    # ViT-B, 100 epochs of 1251 steps; paper 84.2 top-1; not run here
-    "base": IMAGENET | dict(steps=125_100, lr=4e-3, layer_decay=0.65, drop_path=0.2),
-    # ViT-L, 50 epochs; paper 86.6 top-1; not run here
-    "large": IMAGENET | dict(model="large", steps=62_550, lr=5e-3, layer_decay=0.65, drop_path=0.25),
-    # python finetune.py --preset speech_smoke [--init runs/speech-smoke/ckpt.pt]: made speech, 2 CPU cores, see README
-    "speech_smoke": CTC | dict(
-        model="smoke", steps=700, global_batch=16, max_samples=256_000, max_seconds=4.0, workers=0, log_every=10, probe_every=0, save_every=0,
-        lr=2e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, label_fraction=0.1, channel_p=0.0, clip=3.0, freeze_convs=False,
+    "base": IMAGENET | dict(steps=125_100, lr=4e-3, final_scale=2.5e-4, drop_path=0.2),
+    "large": IMAGENET | LARGE | dict(steps=62_550, lr=5e-3, warmup=0.2, final_scale=2e-4, drop_path=0.25),
+    # letters. 10m to 960h: labels of Libri-light, LibriSpeech (section 5.2); not run here. Others: likewise
+    "speech_smoke": SMALL_CTC | dict(
+        model="smoke", steps=700, batch_seconds=16, max_samples=256_000, max_seconds=4.0, workers=0,
+        log_every=10, probe_every=0, save_every=0, lr=2e-3, label_fraction=0.1, channel_p=0.0,
     ),
-    # python finetune.py --preset digits --data DIR: 2 CPU cores, see README
-    "digits": CTC | dict(
-        model="digits", steps=1000, global_batch=32, max_samples=512_000, workers=1, probe_every=250, save_every=250,
-        lr=3e-4, head_lr=5e-3, freeze_steps=0, layer_drop=0.0, mask_p=0.3, channel_p=0.333, clip=3.0, freeze_convs=False,
+    "digits": SMALL_CTC | dict(
+        model="digits", steps=1000, batch_seconds=32, max_samples=512_000, workers=1, probe_every=250,
+        save_every=250, lr=3e-4, head_lr=5e-3, channel_p=0.333,
     ),
-    # Libri-light's and LibriSpeech's labels: section 5.2; paper's WER on test-other with a 4-gram model in README; not run here
     "10m": CTC | dict(steps=13_000),
     "1h": CTC | dict(steps=13_000),
     "10h": CTC | dict(steps=20_000, channel_p=0.5),
@@ -152,428 +120,508 @@ PRESETS = {
     "10h_large": CTC | LARGE | dict(steps=20_000, lr=1e-4, mask_p=0.75),
     "100h_large": CTC | LARGE | dict(steps=80_000, lr=3e-5, mask_p=0.5, channel_p=0.5),
     "960h_large": CTC | LARGE | dict(steps=320_000, lr=3e-5, mask_p=0.5),
-    # AudioSet-20K, 21.3 minutes a batch; paper 34.5 mAP; the schedule is ours, none is published; not run here
+    # AudioSet-20K, 21.3 minutes a batch; paper 34.5 mAP; the schedule is ours; not run here
     "audioset": CTC | dict(
-        goal="sounds", model="audioset", steps=13_000, global_batch=1280, max_samples=1_280_000, max_seconds=10.0, lr=3e-5, head_lr=2e-4,
-        mask_p=0.45, mask_span=4, channel_p=0.0, mixup=0.7, freeze_steps=0, layer_drop=0.05, ffn_dropout=0.0,
+        task="sounds", model="audioset", steps=13_000, batch_seconds=1280, max_samples=1_280_000,
+        max_seconds=10.0, lr=3e-5, head_lr=2e-4, mask_p=0.45, mask_span=4, channel_p=0.0, mixup=0.7,
+        freeze_steps=0, layer_drop=0.05, ffn_dropout=0.0,
     ),
-    # GLUE: section 5.3, RoBERTa's recipe; python finetune.py --preset glue --task CoLA --sweep; paper's numbers in README; not run here
-    "glue": dict(
-        goal="sentences", steps=0, global_batch=0, micro_batch=32, workers=1, probe_every=0, save_every=1000, lr=2e-5,
-        layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1,
-    ),
-    # the same for a small model of train_text.py: python finetune.py --preset glue_small --task SST-2 --data DIR --init CKPT
-    "glue_small": dict(
-        goal="sentences", steps=1000, global_batch=32, workers=1, probe_every=200, save_every=0, lr=3e-4,
-        layer_decay=1.0, schedule="linear", weight_decay=0.1, beta2=0.98, dropout=0.1, attn_dropout=0.1, head_dropout=0.1, clip=1.0,
-    ),
+    # glue: RoBERTa's recipe (section 5.3; --lr 1e-5 .. 4e-5), 0: by task; not run here. Others: likewise
+    "glue": GLUE | dict(steps=0, global_batch=0, micro_batch=32, probe_every=0, save_every=1000, lr=2e-5),
+    "glue_small": GLUE | dict(steps=1000, global_batch=32, probe_every=200, save_every=0, lr=3e-4, clip=1.0),
 }  # fmt: skip
 
 
-def lr_at(step: int, cfg: Config) -> float:
-    """Linear warm-up to lr, then cosine to min_lr, linearly to 0, or hold and exponential decay to 0.05 lr. step = 1 .. steps."""
-    if cfg.schedule == "tri_stage":
-        t = step / cfg.steps
-        return cfg.lr * (max(t / 0.1, 0.01) if t < 0.1 else 0.05 ** max(0.0, (t - 0.5) / 0.5))
-    if cfg.schedule == "linear":
-        t = step / cfg.steps
-        return cfg.lr * min(t / 0.06, (1 - t) / 0.94)
-    warmup = min(cfg.warmup, cfg.steps)
-    if step <= warmup:
-        return cfg.lr * step / warmup
-    t = (step - warmup) / max(cfg.steps - warmup, 1)
-    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * t))
+class Classifier(nn.Module):
+    """Mean of the patches' last layer, or the class token's with pool_cls, -> LayerNorm -> Linear."""
+
+    def __init__(self, encoder, classes, pool_cls=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm.eps)  # the encoder's own is not used
+        encoder.norm, encoder.mask_embedding = nn.Identity(), None
+        self.encoder, self.pool_cls, self.out = encoder, pool_cls, nn.Linear(encoder.dim, classes)
+        init_vision(self.out)
+
+    def forward(self, images):
+        """images (B, 3, S, S) -> logits (B, classes)."""
+        features, _ = self.encoder(images)
+        pooled = features[:, 0] if self.pool_cls else features[:, self.encoder.prefix :].mean(1)
+        return self.out(self.norm(pooled))
 
 
-def check(cfg: Config, world: int) -> int:
-    """Refuses values that cannot work. Returns the number of micro-batches a step of each process."""
-    common.check_range(cfg, 1, math.inf, "steps global_batch log_every mask_span channel_span max_samples")
-    common.check_range(cfg, 0, math.inf, "seed micro_batch workers save_every probe_every image_size warmup lr head_lr min_lr weight_decay clip freeze_steps mixup cutmix beam")  # fmt: skip
-    common.check_range(cfg, 0, 1, "smoothing erasing jitter layer_decay mask_p channel_p")
-    common.check_range(cfg, 0, 0.9999, "drop_path dropout attn_dropout ffn_dropout head_dropout layer_drop beta2")
-    common.check_range(cfg, 0, 10, "rand_augment")
-    common.check_range(cfg, 1e-9, 1, "label_fraction crop_min")
-    if cfg.eval_only and cfg.resume:
-        raise BadInput(f"--eval_only: writes a results.json of its own, and leaves the run in --out {cfg.out} alone; choose another --out, without --resume")
-    if cfg.lm and not cfg.beam:
-        raise BadInput(f"--lm {cfg.lm}: only the beam search asks it; add --beam 50 or so")
-    if cfg.predict and (cfg.beam or cfg.lm):
-        raise BadInput("--beam, --lm: --predict takes the best letter of each frame, which tells the times; decode with a beam by --eval_only")
-    if cfg.head_lr and not cfg.lr:
-        raise BadInput(f"--head_lr {cfg.head_lr}: follows the schedule of --lr, which is 0; freeze the encoder by --freeze_steps instead")
-    training = not (cfg.eval_only or cfg.predict)
-    if cfg.goal in ("letters", "sounds"):
-        common.check_range(cfg, 0, 1, "mixup")
-        common.check_range(cfg, audio.MIN_SAMPLES / audio.RATE, math.inf, "max_seconds")
-        if cfg.max_samples < cfg.max_seconds * audio.RATE:
-            raise BadInput(f"--max_samples {cfg.max_samples}: must be at least --max_seconds {cfg.max_seconds} x {audio.RATE} samples")
-        count = max(1, round(cfg.global_batch * audio.RATE / cfg.max_samples))
-        if training and count % world:
-            raise BadInput(f"--global_batch {cfg.global_batch}: {count} micro-batches of --max_samples {cfg.max_samples} do not split among {world} processes; change one of them")  # fmt: skip
-        return count // world
-    count = math.ceil(cfg.global_batch / (world * (cfg.micro_batch or cfg.global_batch)))
-    if training and cfg.global_batch % (world * count):
-        raise BadInput(f"--global_batch {cfg.global_batch}: does not split into {world} processes x {count} micro-batches; take a multiple of {world * count}")  # fmt: skip
-    return count
+class SentenceClassifier(nn.Module):
+    """Last layer of <s> -> dropout -> Linear -> tanh -> dropout -> Linear (RoBERTa's)."""
+
+    def __init__(self, encoder, classes, dropout=0.0):
+        super().__init__()
+        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        self.dense, self.out = nn.Linear(encoder.dim, encoder.dim), nn.Linear(encoder.dim, classes)
+        for linear in (self.dense, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens):
+        """tokens (B, T) int64 -> logits (B, classes); one class: a score."""
+        features, _ = self.encoder(tokens)
+        return self.out(self.dropout(self.dense(self.dropout(features[:, 0])).tanh()))
+
+
+class FrameClassifier(nn.Module):
+    """Last layer of each frame -> dropout -> Linear: letters or events. frozen: only this Linear learns."""
+
+    def __init__(self, encoder, classes, dropout=0.0):
+        super().__init__()
+        self.encoder, self.dropout, self.out = encoder, nn.Dropout(dropout), nn.Linear(encoder.dim, classes)
+        self.frozen = False
+
+    def forward(self, waves, samples=None, mask=None, channels=None):
+        """waves (B, N), samples (B,); hides mask (B, T), channels (B, D) -> logits (B, T, C), frames (B,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x, valid = self.encoder.embed(waves, samples)
+            if mask is not None:
+                x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
+            if channels is not None:
+                x = x.masked_fill(channels[:, None], 0)
+            features, _ = self.encoder.transform(x, None, valid)
+        frames = torch.full((len(x),), x.shape[1], device=x.device) if valid is None else valid.sum(1)
+        return self.out(self.dropout(features)), frames
+
+
+def linear_softmax(logits, frames):
+    """Events of clips, sum p^2 / sum p over frames (Wang et al. 2019): (B, T, C), frames (B,) -> (B, C)."""
+    real = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
+    p = logits.float().sigmoid() * real[..., None]
+    return p.square().sum(1) / p.sum(1).clamp_min(1e-7)
+
+
+def average_precision(scores, truth):
+    """Mean precision at the hits, from the highest score down, mean over classes with a hit; both (N, C)."""
+    hits = truth.gather(0, scores.argsort(dim=0, descending=True, stable=True))
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
+    return ((precision * hits).sum(0) / hits.sum(0)).nanmean().item()
+
+
+class Task:
+    """Data, model, loss and metric of one kind of labels. A subclass names itself, and has
+
+    setup() -> train, held_out {suffix of its metrics: (data set, keys)}; calls build
+    loss(network, batch, rng) -> sum over a micro-batch; the loop divides by the sum of all size(batch)
+    pairs(key, batch) -> (prediction, truth) of each held-out sample; measure(predictions, truths) -> metrics
+    answer(path) -> text, of --predict
+    """
+
+    sign, eps = 1, 1e-8  # sign * metric: more is better
+
+    def __init__(self, cfg, state, processes):
+        self.cfg, self.state, self.skipped, self.extra = cfg, state, [], {}
+        self.rank, self.world, self.device, self.autocast = processes
+        self.tuned = state.get("classes") if state.get("task") == self.kind else None
+        self.vocabulary = text.Vocabulary.parse(state["vocabulary"]) if "vocabulary" in state else None
+
+    def build(self, classes):
+        """The encoder of --init or --model, and a head for these classes: the file's, if it has the same."""
+        cfg, keep, old = self.cfg, classes == self.tuned, self.state["config"]
+        require(keep or not cfg.eval_only, f"--data {cfg.data}: its classes are not those of {cfg.init}")
+        cfg.image_size = cfg.image_size or old.get("image_size", 0)
+        own = ("image_size", "drop_path", "layer_drop", "dropout", "ffn_dropout")
+        config = old | {name: getattr(cfg, name) for name in own} | {"attn_dropout": cfg.dropout}
+        known = [f.name for f in fields(self.script.Config)]
+        config = self.script.Config(**{name: config[name] for name in known if name in config})
+        vocab = [self.vocabulary.size] if self.vocabulary else []
+        encoder = self.script.build(config, *vocab).encoder
+        option = config.pool_cls if self.modality == "vision" else cfg.dropout
+        self.model = self.head(encoder, len(classes), option).to(self.device)
+        self.classes, self.config = classes, asdict(config)
+        if cfg.init != "none" and (cfg.init_from != "random" or self.tuned):
+            network = "student" if self.tuned else cfg.init_from
+            convert.load_encoder(self.model, self.state, cfg.init, network, head=keep)
+
+    def load(self, dataset, keys):
+        return self.log.watch(loader(dataset, keys, self.cfg.workers, self.device))
+
+    def batches(self, step, accumulation):
+        """This process's micro-batches after `step`."""
+        cfg, split = self.cfg, (self.cfg.global_batch, accumulation, self.world, self.rank)
+        return self.load(self.dataset, batches(len(self.train), cfg.seed, step, cfg.steps, *split))
+
+    def accumulation(self):
+        return common.accumulation_steps(self.cfg.global_batch, self.cfg.micro_batch, self.world)
+
+    def size(self, batch):
+        return len(batch.get("labels", batch.get("indices")))
+
+    def call(self, network, *inputs):
+        with self.autocast:
+            return network(*(x if x is None else x.to(self.device) for x in inputs))
+
+    @torch.no_grad()
+    def evaluate(self):
+        """{metric: value} on held-out data; each sample counts once, for any number of processes."""
+        self.model.eval()
+        scores = {}
+        for suffix, (dataset, keys) in self.held_out.items():
+            mine, found = keys[self.rank :: self.world], []
+            for key, batch in zip(mine, self.load(dataset, mine)):
+                found += self.pairs(key, batch)
+            found = sum(common.gather(found), [])
+            require(found, f"--data {self.cfg.data}: no held-out sample can be read")
+            scores |= {f"{name}{suffix}": value for name, value in self.measure(*zip(*found)).items()}
+        self.model.train()
+        return scores
+
+    def name_best(self, probabilities):
+        values, indices = probabilities.topk(min(5, len(probabilities)))
+        return ", ".join(f"{self.classes[i]} {p:.3f}" for p, i in zip(values.tolist(), indices.tolist()))
+
+
+def augment(cfg, img, rng):
+    img = images.random_resized_crop(img, cfg.image_size, (cfg.crop_min, 1.0), (3 / 4, 4 / 3), rng)
+    img = images.flip(img, rng)
+    if cfg.rand_augment:
+        return images.rand_augment(img, 2, cfg.rand_augment, 0.5, rng)
+    return images.color_jitter(img, 0.4, rng)
+
+
+class Images(Task):
+    """Classes of pictures: cross-entropy of mixed pictures; top-1, and top-5 from 10 classes up."""
+
+    kind, modality, script, head, metric = "images", "vision", train_vision, Classifier, "top1"
+
+    def setup(self):
+        cfg = self.cfg
+        train, val = images.open_data(cfg.data)
+        usable = len(train.classes) > 1 and min(train.labels + val.labels) >= 0
+        require(usable, f"--data {cfg.data}: train/ and val/ must hold the same class folders, at least two")
+        if self.tuned == [str(i) for i in range(len(train.classes))]:
+            self.tuned = train.classes  # a released file numbers its classes, in the order of their names
+        self.build(train.classes)
+        self.train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
+        self.dataset = images.Views(self.train, partial(augment, cfg), cfg.seed)
+        views = images.Views(val, partial(probes.resize, cfg.image_size), 0, replace=False)
+        self.held_out = {"": (views, probes.in_parts(range(len(val)), 250))}
+
+    def loss(self, network, batch, rng):
+        cfg = self.cfg
+        x = images.normalise(batch["images"].to(self.device))
+        y = F.one_hot(batch["labels"].to(self.device), len(self.classes)).float()
+        x, y = images.mix(images.erase(x, cfg.erasing, rng), y, cfg.mixup, cfg.cutmix, rng)
+        logits = self.call(network, x).float()
+        return F.cross_entropy(logits, y, label_smoothing=0.1, reduction="sum")
+
+    def pairs(self, key, batch):
+        if len(batch["images"]) == 0:
+            return []
+        logits = self.call(self.model, images.normalise(batch["images"].to(self.device))).float()
+        return zip(logits.topk(min(5, len(self.classes))).indices.tolist(), batch["labels"].tolist())
+
+    def measure(self, predictions, truths):
+        hits = [[guess == label for guess in guesses] for guesses, label in zip(predictions, truths)]
+        top1, top5 = np.mean([row[0] for row in hits]), np.mean([any(row) for row in hits])
+        return {"top1": float(top1)} | ({"top5": float(top5)} if len(self.classes) >= 10 else {})
+
+    def answer(self, path):
+        img = images.center_crop(images.load_image(path), self.cfg.image_size)
+        logits = self.call(self.model, images.normalise(images.to_tensor(img)[None]))
+        return self.name_best(logits[0].float().softmax(-1))
+
+
+class Speech(Task):  # recordings, padded, similar lengths together
+    modality, script, head = "speech", train_speech, FrameClassifier
+
+    def use(self, train, valid):
+        cfg, self.valid, self.skipped = self.cfg, valid, train.skipped + valid.skipped + self.skipped
+        self.train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
+        longest = int(valid.lengths.max())
+        groups = audio.length_groups(valid.lengths, cfg.max_samples, 0, 0, longest, sort=True)
+        keys = [(0, i, tuple(group.tolist())) for i, group in enumerate(groups)]
+        self.held_out = {"": (audio.Batches(valid, 0, longest, pad=True), keys)}
+
+    def accumulation(self):
+        return train_speech.micro_batch_count(self.cfg, self.world)
+
+    def batches(self, step, accumulation):
+        cfg, longest = self.cfg, round(self.cfg.max_seconds * audio.RATE)
+        split = cfg.steps, accumulation * self.world, self.world, self.rank
+        keys = audio.batches_by_length(self.train.lengths, cfg.max_samples, longest, cfg.seed, step, *split)
+        return self.load(audio.Batches(self.train, cfg.seed, longest, pad=True), keys)
+
+    def logits(self, network, waves, samples, rng):
+        """waves (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), with hidden spans."""
+        cfg, encoder = self.cfg, self.model.encoder
+        frames, widths = encoder.embed.frames(samples).numpy(), np.full(len(waves), encoder.dim)
+        mask = channels = None
+        if cfg.mask_p:
+            mask = span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False)
+        if cfg.channel_p:
+            channels = span_mask(widths, cfg.channel_p, 64, rng, equal=False, min_spans=0)
+        logits, frames = self.call(network, waves, samples, mask, channels)
+        return logits.float(), frames
+
+    def pairs(self, key, batch):
+        logits, frames = self.call(self.model, batch["source"], batch["lengths"])
+        loaded = batch["indices"].tolist()
+        for index, other, x, count in zip(key[2], loaded, logits.float(), frames.tolist()):
+            if index == other:  # otherwise it cannot be read, and another one replaces it
+                yield self.predict(x[:count]), self.valid.transcripts[index]
+
+    def answer(self, path):
+        wave = torch.from_numpy(audio.normalise(audio.load_audio(path)))
+        return self.describe(self.call(self.model, wave[None])[0][0].float())
+
+
+class Letters(Speech):
+    """Letters of each frame, trained by CTC (Graves et al. 2006); word and character error rates."""
+
+    kind, metric, sign = "letters", "wer", -1
+
+    def setup(self):
+        cfg, show = self.cfg, self.rank == 0
+        self.build(self.tuned or letters.LETTERS)
+        longest, frames = cfg.max_seconds * audio.RATE, self.model.encoder.embed.frames
+        if cfg.eval_only and cfg.valid and cfg.data:  # no training data needed
+            train = valid = audio.open_split(cfg.data, *cfg.valid, show=show)
+        else:
+            train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, show=show)
+        valid, self.skipped = letters.transcribed(valid, self.classes, math.inf)
+        if not cfg.eval_only:
+            train, left_out = letters.transcribed(train, self.classes, longest, frames)
+            self.skipped += left_out
+        self.use(train, valid)
+        self.lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
+
+    def size(self, batch):
+        return sum(len(self.train.transcripts[i]) + 1 for i in batch["indices"].tolist())  # "|" at the end
+
+    def loss(self, network, batch, rng):
+        logits, frames = self.logits(network, batch["source"], batch["lengths"], rng)
+        transcripts = [self.train.transcripts[i] for i in batch["indices"].tolist()]
+        targets = [letters.encode(transcript, self.classes) for transcript in transcripts]
+        joined = torch.tensor(sum(targets, []), device=self.device)
+        lengths = torch.tensor([len(target) for target in targets], device=self.device)
+        log_probs = logits.log_softmax(-1).transpose(0, 1)  # (T, B, letters)
+        return F.ctc_loss(log_probs, joined, frames, lengths, reduction="sum", zero_infinity=True)
+
+    def predict(self, logits):
+        cfg, log_p = self.cfg, logits.log_softmax(-1)
+        if not cfg.beam:
+            return letters.decode_greedy(log_p, self.classes)[0]
+        found = letters.decode_beam(log_p, self.classes, cfg.beam, self.lm, cfg.lm_weight, cfg.word_score)
+        return found[0][0]
+
+    def measure(self, predictions, truths):
+        pairs = list(zip(truths, predictions))
+        words, characters = letters.wer(pairs), letters.cer(pairs)
+        return {"wer": words.rate, "cer": characters.rate} | words._asdict()
+
+    def describe(self, logits):
+        words, times = letters.decode_greedy(logits.log_softmax(-1), self.classes)
+        return " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(words.split(), times))
+
+
+class Sounds(Speech):
+    """Events in clips, several a clip: pooled sigmoids; binary cross-entropy; mean average precision."""
+
+    kind, metric = "sounds", "map"
+
+    def setup(self):
+        cfg = self.cfg
+        tables = cfg.valid if cfg.eval_only else cfg.train
+        classes, *splits = audio.open_events(cfg.data, tables, cfg.valid, show=self.rank == 0)
+        self.use(*splits)
+        self.build(self.tuned if sorted(self.tuned or []) == sorted(classes) else classes)
+
+    def truth(self, transcripts):
+        """(B, classes) float, 1 for the events of the clip."""
+        events = [transcript.split(";") for transcript in transcripts]
+        return torch.tensor([[float(name in found) for name in self.classes] for found in events])
+
+    def loss(self, network, batch, rng):
+        y = self.truth(self.train.transcripts[i] for i in batch["indices"].tolist())
+        x, samples, y = audio.mix(batch["source"], batch["lengths"], y, self.cfg.mixup, rng)
+        p = linear_softmax(*self.logits(network, x, samples, rng)).clamp(1e-7, 1 - 1e-7)
+        return F.binary_cross_entropy(p, y.to(self.device), reduction="sum") / len(self.classes)
+
+    def predict(self, logits):
+        return linear_softmax(logits[None], torch.tensor([len(logits)], device=self.device))[0].cpu()
+
+    def measure(self, predictions, transcripts):
+        return {"map": average_precision(torch.stack(predictions), self.truth(transcripts))}
+
+    def describe(self, logits):
+        return self.name_best(self.predict(logits))
+
+
+class Sentences(Task):
+    """Tasks of GLUE and yours: cross-entropy, or squared error of a score; the task's own metrics."""
+
+    kind, modality, script, head, eps = "sentences", "text", train_text, SentenceClassifier, 1e-6
+
+    def setup(self):
+        cfg = self.cfg
+        require(cfg.task, f"--task: must be one of {', '.join(glue.TASKS)}, or a folder of yours in --data")
+        self.spec, splits = glue.open_task(Path(cfg.data, cfg.task), training=not cfg.eval_only)
+        self.build(list(self.spec.classes) or ["score"])
+        self.train, self.held_out, self.metric = splits.pop("train", []), {}, self.spec.metrics[0]
+        self.extra = {"vocabulary": self.state["vocabulary"], "parts": len(self.spec.columns)}
+        options = self.vocabulary, self.config["max_tokens"]
+        for split, part in splits.items():
+            suffix = split.removeprefix("dev").replace("_matched", "")
+            keys = [(0, i) for i in range(len(part))]
+            keys = [keys[start : start + 64] for start in range(0, len(keys), 64)]
+            self.held_out[suffix] = glue.Sentences(part, *options), keys
+        if self.train:
+            strata = [label if self.spec.classes else 0 for _, label in self.train]
+            self.train = [self.train[i] for i in label_subset(strata, cfg.label_fraction, cfg.seed)]
+            self.dataset = glue.Sentences(self.train, *options)
+            steps, batch = glue.RECIPES.get(cfg.task, (0, 32))
+            cfg.global_batch = cfg.global_batch or batch
+            cfg.steps = cfg.steps or steps or math.ceil(10 * len(self.train) / cfg.global_batch)
+
+    def loss(self, network, batch, rng):
+        logits, labels = self.call(network, batch["tokens"]).float(), batch["labels"].to(self.device)
+        if self.spec.classes:
+            return F.cross_entropy(logits, labels.long(), reduction="sum")
+        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+
+    def pairs(self, key, batch):
+        logits = self.call(self.model, batch["tokens"]).float()
+        guesses = logits.argmax(1) if self.spec.classes else logits[:, 0]
+        return zip(guesses.tolist(), batch["labels"].tolist())
+
+    def measure(self, predictions, truths):
+        return {name: glue.METRICS[name](predictions, truths) for name in self.spec.metrics}
+
+    def answer(self, line):
+        parts = line.split("\t")
+        wanted = self.state.get("parts", min(len(parts), 2))
+        require(len(parts) == wanted and all(map(str.strip, parts)), f"{wanted} sentences are needed")
+        ids = glue.sentence_ids(self.vocabulary, *parts, max_tokens=self.config["max_tokens"])
+        logits = self.call(self.model, torch.tensor([ids]))[0].float()
+        return f"{logits.item():.3f}" if self.classes == ["score"] else self.name_best(logits.softmax(-1))
+
+
+KINDS = {kind.kind: kind for kind in (Images, Letters, Sounds, Sentences)}
+
+
+def choose_task(cfg, processes):
+    """The kind of task, with what --init or the run to resume holds, or the sizes of --model."""
+    stored = Path(cfg.out, "ckpt.pt")
+    source = str(stored) if cfg.resume and stored.exists() else cfg.init
+    state = {} if source == "none" else convert.read(source)
+    kind = cfg.task if cfg.task in KINDS else "sentences"
+    if cfg.eval_only or cfg.predict:
+        kind = state.get("task")
+        require(kind in KINDS, f"--init {cfg.init}: not fine-tuned, or not by this script; use its best.pt")
+        cfg.task = state.get("finetune", {}).get("task", kind) if cfg.task in KINDS else cfg.task
+    task = KINDS[kind]
+    if not state:
+        require(cfg.model in task.script.PRESETS, f"--model {cfg.model}: not in {[*task.script.PRESETS]}")
+        state = {"config": asdict(task.script.Config(**task.script.PRESETS[cfg.model]))}
+    found = convert.modality(state["config"])
+    require(found == task.modality, f"--init {cfg.init}: of {found}; --task {cfg.task} needs {task.modality}")
+    require(found != "text" or "vocabulary" in state, f"--init {cfg.init}: no vocabulary; use a checkpoint")
+    return task(cfg, state, processes)
+
+
+def layer_groups(cfg, model):
+    """Each layer learns layer_decay times as fast as the one above it (Bao et al. 2021)."""
+    top, groups = len(model.encoder.blocks) + 1, {}
+    for name, p in model.named_parameters():
+        layer = top  # the head, and the table of positions
+        if name.startswith("encoder.blocks."):
+            layer = 1 + int(name.split(".")[2])
+        elif name.startswith("encoder.") and not name.endswith("table"):
+            layer = 0
+        decays, in_head = p.ndim > 1 and not name.endswith(("table", "learned")), name[:8] != "encoder."
+        scale = cfg.head_lr / cfg.lr if cfg.head_lr and in_head else cfg.layer_decay ** (top - layer)
+        group = {"params": [], "scale": scale, "weight_decay": cfg.weight_decay if decays else 0.0}
+        if p.requires_grad:
+            groups.setdefault((layer, decays, in_head), group)["params"].append(p)
+    return list(groups.values())
 
 
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
-    place = common.start_processes(cfg.device, cfg.dtype)  # rank, number of processes, device, autocast
-    if cfg.predict or cfg.eval_only:
-        about = convert.read(cfg.init) if cfg.init != "none" else {}
-        if "classes" not in about:
-            raise BadInput(f"--init {cfg.init}: not a fine-tuned checkpoint, so it can name nothing; fine-tune it first, then give best.pt")
-        if about.get("goal", "images") not in KINDS:
-            raise BadInput(f"--init {cfg.init}: fine-tuned for {about['goal']}, whose mean over time is not taken here; fine-tune it anew")
-        cfg = replace(cfg, goal=about.get("goal", "images"), task=cfg.task or about.get("finetune", {}).get("task", ""))
-    if cfg.goal == "sentences":
-        cfg = replace(cfg, steps=cfg.steps or 1, global_batch=cfg.global_batch or 1) if cfg.predict else paper_values(cfg)
-    if cfg.sweep:
-        return sweep(cfg, place)
-    train(cfg, place)
-
-
-def train(cfg: Config, place: tuple[int, int, torch.device, torch.autocast]) -> None:
-    """One run: fine-tune, or evaluate, or predict."""
-    rank, world, device, _ = place
-    accumulation = check(cfg, world)
+    rank, world, device, _ = processes = common.start_processes(cfg.device, cfg.dtype)
+    require(cfg.beam or not cfg.lm, "--lm: needs the beam search; add --beam 50")
+    require(not (cfg.beam and cfg.predict), "--beam: --predict is greedy, for the times; use --eval_only")
+    require(not (cfg.resume and cfg.eval_only), "--eval_only: would change the run; use another --out")
     torch.manual_seed(cfg.seed)
+    task = choose_task(cfg, processes)
     if cfg.predict:
-        return predict(cfg, place) if rank == 0 else None
+        return predict(task) if rank == 0 else None
+    task.setup()
+    model, speech = task.model, task.modality == "speech"
+    if cfg.compile:
+        model.encoder.transform = torch.compile(model.encoder.transform, dynamic=speech or None)
 
-    # ---- the run's folder, and what is already there
-    stored, bad, named = Path(cfg.out, "ckpt.pt"), set(), set()  # bad: "file: what is wrong with it"
-    resuming = cfg.resume and stored.exists()
-    start = replace(cfg, init=str(stored)) if resuming else cfg
-    state = read(start)  # before the data: its message is the better one for a checkpoint of another kind
-    task = labels.TASKS[cfg.goal](cfg, lambda classes: build(start, classes, state), place, accumulation, bad)
-    folder, model = Path(cfg.out), task.model
-    if resuming and (state["goal"], state["finetune"].get("task", ""), state["classes"]) != (cfg.goal, cfg.task, task.classes):
-        theirs = f"{state['finetune'].get('task') or state['goal']} with classes {', '.join(state['classes'][:4])}"
-        raise BadInput(f"{stored}: a run of {theirs}, not of what this command trains for; choose another --out")
-
-    if cfg.compile and cfg.goal in ("images", "sentences"):
-        model.encoder.compile()
-    elif cfg.compile:
-        model.encoder.transform = torch.compile(model.encoder.transform, dynamic=True)
-    if cfg.eval_only:
-        common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)
-        scores, bad = task.evaluate(), set().union(*common.gather(bad))
-        if rank == 0:
-            for line in some(bad):
-                print(f"skipped {line}")
-            common.save(folder / "results.json", scores | {"skipped_files": len(bad), "peak_memory_gb": common.peak_memory_gb(device)})
-            print(show(scores))
-        return
+    # ---- optimiser, checkpoint, log
     pretrained = cfg.init != "none" and cfg.init_from != "random"
-    if cfg.goal in ("letters", "sounds") and cfg.freeze_convs and pretrained:
+    if speech and cfg.freeze_convs and pretrained:
         for part in ("convs", "norms"):
             model.encoder.embed.content[part].requires_grad_(False)
-
-    # ---- optimiser: a layer learns layer_decay times as fast as the one above it (Bao et al. 2021)
-    groups, top = {}, len(model.encoder.blocks) + 1  # of the model alone, so that a resumed run may have other values
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decays = p.ndim > 1 and not name.endswith(("table", "learned"))
-            groups.setdefault((layer_of(name, top - 1), decays, name.startswith("encoder.")), []).append(p)
-    values = [
-        {
-            "scale": cfg.layer_decay ** (top - layer) if inside or not cfg.head_lr else cfg.head_lr / cfg.lr,
-            "weight_decay": decays * cfg.weight_decay,
-        }
-        for layer, decays, inside in groups
-    ]
-    optimizer = torch.optim.AdamW(
-        [{"params": p} | v for p, v in zip(groups.values(), values)], lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6 if cfg.goal == "sentences" else 1e-8,
-        fused=True,
-    )  # fmt: skip
-    step, best, row, state = 0, {}, {"seconds": 0.0}, task.state
-    torch.manual_seed(cfg.seed * 1000 + rank)  # from here on for drop path and dropout, which differ between processes
-    if resuming:
-        convert.load_into(model, state["student"], stored)  # strictly: this image size, these classes
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise BadInput(f"{stored}: its optimizer is of other options ({error})") from None
-        for group, value in zip(optimizer.param_groups, values):
-            group |= value  # this command's layer_decay and weight_decay, not the file's
-        common.rng_state(device, restore=state["rng"][rank] if rank < len(state["rng"]) else None)
-        step, best, row = state["step"], state["best"], state["row"]
-        bad |= set(state["bad"])
-    common.open_run(cfg.out, asdict(cfg), cfg.resume, rank)  # now that the checkpoint fits: a refused command changes nothing
-    metrics = common.open_metrics(folder, step) if rank == 0 else None
-    ddp = DistributedDataParallel(model, find_unused_parameters=cfg.goal in ("letters", "sounds")) if world > 1 else model
+    optimizer = torch.optim.AdamW(layer_groups(cfg, model), cfg.lr, (0.9, cfg.beta2), task.eps, fused=True)
+    torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and drop path differ between processes
+    state = common.load_run(cfg, rank, model, None, optimizer)
+    step, best, scores = state["step"], state.get("best", {}), {}
+    before = (state["finetune"]["task"], state["classes"]) if step > 0 else (cfg.task, task.classes)
+    require(before == (cfg.task, task.classes), f"--out {cfg.out}: a run of {before}; use another --out")
+    accumulation = 1 if cfg.eval_only else task.accumulation()
+    log = task.log = common.Log(cfg, step, rank, device, task.kind)
+    log.report(task.skipped)
+    if cfg.eval_only:
+        return log.finish(**task.evaluate())
 
     # ---- the loop
-    batches = task.batches(step)
-    batches = itertools.chain([next(batches, None)], batches)  # if nothing can be read, say so before the bar
-    bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    started, mark, seen = time.time() - row["seconds"], time.time(), 0
+    ddp = DistributedDataParallel(model, find_unused_parameters=speech) if world > 1 else model
+    about = {"config": task.config, "classes": task.classes, "task": task.kind, "finetune": asdict(cfg)}
+    loaded = iter(task.batches(step, accumulation))
     while step < cfg.steps:
         step += 1
-        lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        model.frozen = step <= cfg.freeze_steps and pretrained
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        weights, examples = zip(*(task.weigh(batch) for batch in micro_batches))
-        whole, seen = torch.tensor(sum(weights), device=device, dtype=torch.float32), seen + sum(examples) * world
-        if world > 1:
-            dist.all_reduce(whole)
+            group["lr"] = common.lr_at(step, cfg) * group["scale"]
+        model.frozen = pretrained and step <= cfg.freeze_steps
+        micro_batches = [next(loaded) for _ in range(accumulation)]
+        size = common.all_reduce(torch.tensor(float(sum(map(task.size, micro_batches))), device=device))
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(micro_batches):
-            rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])
-            with contextlib.nullcontext() if i == accumulation - 1 or world == 1 else ddp.no_sync():
-                share = task.loss(ddp, batch, rng) / whole
-                (share * world).backward()  # DDP takes the mean over processes; this makes it their sum
-            loss += share.detach()
+            rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])  # of mixup, erasing, masks
+            ddp.require_backward_grad_sync = i == accumulation - 1
+            micro_loss = task.loss(ddp, batch, rng) / size
+            (micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
+            loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
-        bar.update()
-        probe_now = step == cfg.steps or (cfg.probe_every and step % cfg.probe_every == 0)
-        save_now = step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0)
-        if not (probe_now or save_now or step == 1 or step % cfg.log_every == 0):
+        log.advance(size)
+        if not log.due(step):
             continue
-        if world > 1:
-            dist.all_reduce(loss)
-        row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(), "seconds": time.time() - started}
-        row["samples_per_s"] = seen / (time.time() - mark)
-        bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {samples_per_s:.0f} ".format(**row) + f"{task.examples.split()[1]}/s")
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            bar.close()
-            raise SystemExit(f"step {step}: the loss is not finite; try a smaller --lr or --dtype float32" if rank == 0 else 1)
-        saved = {"student": model.state_dict(), "teacher": None, "config": state["config"], "classes": task.classes, "goal": cfg.goal, "finetune": asdict(cfg)} | task.extra  # fmt: skip
-        if probe_now:
-            row |= (scores := task.evaluate())
-            if better(scores, best, task):
-                best = scores | {"best_step": step}
-                if rank == 0:
-                    common.save(folder / "best.pt", saved | {"step": step})
-            bar.write(f"step {step}: {show(scores)}") if rank == 0 else None
-        if rank == 0:
-            print(json.dumps(row), file=metrics)
-            for line in some(bad - named):
-                bar.write(f"skipped {line}")
-            named |= bad
-        if save_now:
-            rng_states = common.gather(common.rng_state(device))
+        scores = task.evaluate() if due(step, cfg.probe_every, cfg.steps) else {}
+        log.write(step, {"loss": loss * world, "lr": common.lr_at(step, cfg), "grad_norm": grad_norm}, scores)
+        if scores and (not best or task.sign * (scores[task.metric] - best[f"best_{task.metric}"]) > 0):
+            best = {f"best_{name}": value for name, value in scores.items()} | {"best_step": step}
             if rank == 0:
-                common.save(folder / "ckpt.pt", saved | {
-                    "optimizer": optimizer.state_dict(), "step": step, "rng": rng_states, "best": best, "row": row,
-                    "bad": sorted(bad),
-                })  # fmt: skip
-        mark, seen = time.time(), 0
-    bar.close()
-    if task.metric not in row:  # resumed at its last step
-        row |= (scores := task.evaluate())
-        best = scores | {"best_step": step} if better(scores, best, task) else best
-
-    bad = set().union(*common.gather(bad))
-    if rank == 0:
-        for line in some(bad - named):  # met by other processes
-            print(f"skipped {line}")
-        results = {"seconds": row["seconds"], "peak_memory_gb": common.peak_memory_gb(device), "final_loss": row["loss"]}
-        results |= {k: row[k] for k in best if k != "best_step"} | {f"best_{k}": v for k, v in best.items() if k != "best_step"}
-        count, unit = task.examples.split()
-        common.save(folder / "results.json", results | {"best_step": best["best_step"], unit: int(count), "skipped_files": len(bad)})
-        print(f"{count} labelled {unit}, {cfg.steps} steps in {row['seconds']:.0f} s: {task.metric} {row[task.metric]:.4f} at the end, "
-              f"{best[task.metric]:.4f} at step {best['best_step']}; {folder}/results.json, best.pt, ckpt.pt")  # fmt: skip
-
-
-def better(scores: dict, best: dict, task: labels.Task) -> bool:
-    return not best or (scores[task.metric] < best[task.metric] if task.lower else scores[task.metric] > best[task.metric])
-
-
-def some(bad: set[str], most: int = 10) -> list[str]:
-    lines = sorted(bad)
-    return lines[:most] + [f"{len(lines) - most} more"] * (len(lines) > most)
-
-
-def show(scores: dict) -> str:
-    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())
-
-
-def layer_of(name: str, depth: int) -> int:
-    """0 for the embedding, 1 .. depth for the blocks, depth + 1 for the head and the shared position table."""
-    if name.startswith("encoder.blocks."):
-        return 1 + int(name.split(".")[2])
-    return 0 if name.startswith("encoder.") and not name.endswith("table") else depth + 1
-
-
-# ---- the network ------------------------------------------------------------------------------------------------------
-
-KINDS = {  # the script that pre-trains it, what a checkpoint of it is known by, its name
-    "images": (train_vision, "patch", "images"), "letters": (train_speech, "channels", "recordings"),
-    "sounds": (train_speech, "channels", "recordings"), "sentences": (train_text, "vocabulary", "text"),
-}  # fmt: skip
-
-
-def read(cfg: Config) -> dict:
-    """What --init holds, or the options of --model. Raises BadInput if it is not for this goal."""
-    script, mark, kind = KINDS[cfg.goal]
-    if cfg.init != "none":
-        state = convert.read(cfg.init)
-        if mark not in state | state["config"]:
-            lacking = ", or one without its vocabulary (put vocab.json and merges.txt beside it)" if kind == "text" else ""
-            raise BadInput(f"--init {cfg.init}: not a model of {kind}{lacking}; --preset {cfg.preset} is for {cfg.goal}")
-        return state
-    if cfg.goal == "sentences":
-        raise BadInput("--init none: a text model needs a vocabulary; give a checkpoint, and --init_from random for random weights")
-    if cfg.model not in script.PRESETS:
-        raise BadInput(f"--model {cfg.model}: no preset of {script.__name__}.py; choose from {', '.join(script.PRESETS)}")
-    return {"config": script.PRESETS[cfg.model]}
-
-
-def build(cfg: Config, classes: list[str] | None = None, state: dict | None = None) -> tuple[torch.nn.Module, dict, list[str]]:
-    """The encoder of --init, or of --model, under a head -> model, what the file says, the classes of its outputs in order.
-
-    A fine-tuned file keeps its head when it is for the same classes; None asks for just such a file. state: what read() gave.
-    """
-    (script, _, kind), state = KINDS[cfg.goal], state or read(cfg)
-    arch = asdict(script.Config())
-    arch |= {name: value for name, value in state["config"].items() if name in arch}
-    pool_cls = "classes" in state and state["config"].get("pool_cls", False)  # how a fine-tuned model of other origin may look
-    grids = [convert.patch_grid(arch)] if kind == "images" else []
-    if cfg.image_size and kind == "images":
-        if cfg.image_size % arch["patch"]:
-            raise BadInput(f"--image_size {cfg.image_size}: not a multiple of the model's patch of {arch['patch']} pixels")
-        arch |= {"image_size": cfg.image_size, "image_width": cfg.image_size}
-    grids += [convert.patch_grid(arch)] if kind == "images" else []
-
-    tuned = state.get("classes") if state.get("goal", "images") == cfg.goal else None
-    if tuned and classes and tuned == [str(i) for i in range(len(classes))]:
-        tuned = classes  # a released file numbers its classes, in the order of their sorted names
-    keep = tuned is not None and (classes in (None, tuned) or cfg.goal == "letters" or cfg.goal == "sounds" and sorted(classes) == sorted(tuned))  # fmt: skip
-    if cfg.eval_only and not keep:
-        raise BadInput(f"{cfg.data}: its classes are not those of {cfg.init}; see {sorted(set(classes) ^ set(tuned or []))[:4]}")
-    classes = tuned if keep else classes
-
-    own = {name: getattr(cfg, name) for name in ("drop_path", "layer_drop", "dropout", "attn_dropout", "ffn_dropout")}
-    wanted = script.Config(**arch | {name: value for name, value in own.items() if name in arch})
-    if kind == "images":
-        model = Classifier(script.build(wanted).encoder, len(classes), pool_cls)
-    elif kind == "recordings":
-        model = Recogniser(script.build(wanted).encoder, len(classes), cfg.head_dropout)
-    else:
-        vocabulary = text.Vocabulary.parse(state["vocabulary"])
-        model = SentenceClassifier(script.build(wanted, vocabulary.size).encoder, len(classes), cfg.head_dropout)
-    if cfg.init != "none" and (cfg.init_from != "random" or "classes" in state):
-        weights = state["teacher" if cfg.init_from == "teacher" and "classes" not in state else "student"]
-        if weights is None:
-            raise BadInput(f"--init {cfg.init}: holds no teacher; take --init_from student")
-        if not keep:  # only the encoder serves, without what pre-training alone needs
-            fresh = model.state_dict()
-            left = [name for name in weights if name.startswith(("encoder.norm.", "encoder.mask_embedding")) and name not in fresh]
-            weights = {name: value for name, value in weights.items() if name.startswith("encoder.") and name not in left}
-            weights |= {name: value for name, value in fresh.items() if not name.startswith("encoder.")}
-        convert.load_into(model, weights, cfg.init, *grids)
-    return model, state | {"config": arch | ({"pool_cls": True} if pool_cls else {})}, classes
-
-
-# ---- sentences: the paper's values, the sweep -----------------------------------------------------------------------------
-
-
-def paper_values(cfg: Config) -> Config:
-    """Steps and batch of a GLUE task where the options say 0 (SPEC section 5; Liu et al. 2019); of one of yours, 10 epochs."""
-    if not cfg.task:
-        raise BadInput(f"--task: which one? {', '.join(glue.TASKS)}, or a folder of yours in --data")
-    name = {known.lower(): known for known in glue.TASKS}.get(cfg.task.lower(), cfg.task)
-    steps, batch = glue.RECIPES.get(name, (0, 32))
-    cfg = replace(cfg, task=name, global_batch=cfg.global_batch or batch, steps=cfg.steps or steps or int(cfg.eval_only))
-    if not cfg.steps:
-        rows = len(glue.open_task(cfg.data, name)[1]["train"].rows)
-        cfg = replace(cfg, steps=math.ceil(10 * rows * cfg.label_fraction / cfg.global_batch))
-    return cfg
-
-
-def sweep(cfg: Config, place) -> None:
-    """--lrs x --seeds runs in folders of --out, then results.json and table.md: mean and std over seeds of the last step."""
-    if cfg.goal != "sentences" or cfg.eval_only or cfg.predict:
-        raise BadInput("--sweep: trains, on sentences; run finetune.py once for each value instead, and --eval_only or --predict without it")
-    common.check_range(cfg, 1, math.inf, "seeds")
-    try:
-        lrs = [float(lr) for lr in cfg.lrs]
-    except ValueError:
-        lrs = []
-    if not all(0 < lr < math.inf for lr in lrs) or len(set(lrs)) < len(cfg.lrs):
-        raise BadInput(f"--lrs {' '.join(cfg.lrs)}: must be numbers above 0, each once")
-    folder, table, metrics = common.open_run(cfg.out, asdict(cfg), cfg.resume, place[0]), {}, ()
-    for name, lr in zip(cfg.lrs, lrs):
-        runs = []
-        for seed in range(cfg.seeds):
-            out = folder / f"lr{name}-seed{seed}"
-            try:
-                if not (cfg.resume and (out / "results.json").exists()):
-                    train(replace(cfg, sweep=False, lr=lr, seed=seed, out=str(out)), place)
-            except SystemExit as end:  # of every process: the loss is not finite
-                print(f"{out}: {end}; left out of the table") if place[0] == 0 else None
-                break
-            common.gather(None)  # rank 0 writes the results
-            runs.append(json.loads((out / "results.json").read_text()))
-        if len(runs) == cfg.seeds:
-            metrics = [key for key in runs[0] if key.startswith(tuple(glue.METRICS))]
-            table[name] = {key: (float(np.mean([run[key] for run in runs])), float(np.std([run[key] for run in runs]))) for key in metrics}
-    if not table:
-        raise SystemExit(f"{folder}: no learning rate of --lrs {' '.join(cfg.lrs)} has a finite loss; try smaller ones" if place[0] == 0 else 1)
-    if place[0] == 0:
-        best = max(table, key=lambda name: table[name][metrics[0]][0])
-        lines = [f"| {cfg.task}, lr | " + " | ".join(metrics) + " |", "|---:|" + "---|" * len(metrics)]
-        lines += [f"| {name} | " + " | ".join(f"{m:.4f} +- {d:.4f}" for m, d in row.values()) + " |" for name, row in table.items()]
-        (folder / "table.md").write_text("\n".join(lines) + "\n")
-        common.save(folder / "results.json", {k: m for k, (m, _) in table[best].items()} | {"best_lr": float(best), "seeds": cfg.seeds, "table": table})
-        print("\n".join(lines) + f"\n{folder}/results.json, table.md: mean and std of {cfg.seeds} seeds; best at lr {best}")
-
-
-# ---- use it --------------------------------------------------------------------------------------------------------------
+                state = {"student": model.state_dict(), "teacher": None, "step": step} | about | task.extra
+                common.save(Path(cfg.out, "best.pt"), state)
+        if due(step, cfg.save_every, cfg.steps):
+            common.save_run(cfg, step, device, model, None, optimizer, best=best, **about, **task.extra)
+    log.finish(examples=len(task.train), **(scores or task.evaluate()), **best)
 
 
 @torch.no_grad()
-def predict(cfg: Config, place) -> None:
-    """One line a file: its path, then up to five classes with their probabilities, or what is said and when."""
-    _, _, device, autocast = place
-    model, state, classes = build(cfg)
-    model.to(device).eval()
-    vocabulary = text.Vocabulary.parse(state["vocabulary"]) if cfg.goal == "sentences" else None
-
-    def read(path):  # -> (1, ...), what the model takes
-        if cfg.goal == "images":
-            picture = images.center_crop(images.load_image(path), model.encoder.embed.image_size)
-            return images.normalise(images.to_tensor(picture)[None].to(device))
-        if cfg.goal == "sentences":
-            parts = path.split("\t")
-            wanted = state.get("parts", min(len(parts), 2))  # a file of before that was kept takes both
-            if not all(map(str.strip, parts)) or len(parts) != wanted:
-                raise BadInput(f"this model reads {('one sentence', 'two sentences with a tab between them')[wanted - 1]}")
-            return torch.tensor([glue.sentence_ids(vocabulary, *parts, max_tokens=state["config"]["max_tokens"])], device=device)
-        return torch.from_numpy(audio.normalise(audio.load_audio(path)))[None].to(device)
-
-    readable = 0
-    for path in cfg.predict:
+def predict(task):
+    """A line for each file or sentence: its classes with probabilities, or its words and their times."""
+    task.build(task.tuned)
+    task.model.eval()
+    answers = 0
+    for path in task.cfg.predict:
         try:
-            x = read(path)
-        except (images.BadImage, audio.BadAudio, BadInput) as error:
+            print(f"{path}: {task.answer(path)}")
+            answers += 1
+        except (images.BadImage, UserError, *audio.AUDIO_ERRORS) as error:
             print(f"{path}: skipped, {error}")
-            continue
-        readable += 1
-        with autocast:
-            result = model(x)
-        if cfg.goal == "letters":
-            frame_s = math.prod(conv.stride[0] for conv in model.encoder.embed.content["convs"]) / audio.RATE
-            said, times = letters.decode_greedy(result[0][0].float().log_softmax(-1), classes, frame_s=frame_s)
-            answer = " ".join(f"{word} ({a:.2f}-{b:.2f} s)" for word, (a, b) in zip(said.split(), times))
-        elif classes == ["score"]:
-            answer = f"{result.item():.3f}"
-        else:
-            probabilities = linear_softmax(*result)[0] if cfg.goal == "sounds" else result.float().softmax(-1)[0]
-            top = probabilities.topk(min(5, len(probabilities)))
-            answer = ", ".join(f"{classes[i]} {p:.3f}" for p, i in zip(top.values.tolist(), top.indices.tolist()))
-        print(f"{path}: {answer}")
-    if not readable:
-        kind = {"images": "is a picture", "sentences": "is a sentence"}.get(cfg.goal, "is a recording")
-        raise BadInput(f"--predict: none of these {kind} that can be read")
+    require(answers, "--predict: none of these can be read")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What is hidden from the student.
+"""What is hidden from the student. In every mask True = hidden from the student and scored by the loss.
 
-Every mask in this project is boolean with True = hidden from the student and scored by the loss; the teacher
-never sees a mask. Randomness comes from a numpy Generator that the caller seeds, so that a mask is a pure
-function of (seed, epoch, sample) whatever the number of processes or workers.
+Masks are drawn from a numpy Generator that the caller seeds, so they depend on (seed, epoch, sample) alone.
 """
 
 import math
@@ -11,116 +9,101 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ATTEMPTS = 10  # tries to place one rectangle before giving up on hiding more
 
+def block_mask(grid: tuple[int, int], ratio: float, min_block: int, rng: np.random.Generator) -> Tensor:
+    """Rectangles of patches, until `ratio` of the grid is hidden (section 4.1; Bao et al. 2021).
 
-def block_mask(batch: int, grid: tuple[int, int], ratio: float, min_block: int, rng: np.random.Generator) -> Tensor:
-    """Rectangles of patches, until `ratio` of the grid is hidden (paper section 4.1; Bao et al. 2021).
+    Each has an area uniform in [min_block, what is left to hide] patches and a log-uniform aspect ratio in
+    [0.3, 1 / 0.3]. It is kept if it is smaller than the grid, hides something new, and not more than is left;
+    10 failures in a row end the mask, at or just under round(ratio * H * W) hidden patches.
 
-    Each rectangle has an area uniform in [min_block, what is still to hide] patches and a log-uniform aspect ratio
-    in [0.3, 1 / 0.3]; it stays if it is smaller than the grid, adds at least one new patch and not more than is
-    still to hide. The mask therefore ends at or just under round(ratio * H * W), and rows may differ in count.
-
-    batch      number of independent masks B
-    grid       (H, W) in patches; the image's size divided by the patch size
-    ratio      share of patches to hide, in (0, 1]; the paper's 60 % is 120 / 196
-    min_block  smallest rectangle, in patches (16 of 196); too large for the grid and nothing fits
-    returns    (B, H * W) bool, row-major, at least one True in every row
+    grid       (H, W) in patches
+    min_block  smallest rectangle, in patches (the paper's 16 of 196)
+    returns    (H * W,) bool, row-major, at least one True
     """
     height, width = grid
-    mask = np.zeros((batch, height, width), dtype=bool)
-    for picture in mask:
-        left_to_hide = round(ratio * height * width)
-        while left_to_hide > 0 and (new := _hide_rectangle(picture, left_to_hide, min_block, rng)):
-            left_to_hide -= new
-        if not picture.any():  # a grid too small for min_block: a row without a scored patch would teach nothing
-            picture[rng.integers(height), rng.integers(width)] = True
-    return torch.from_numpy(mask).flatten(1)
-
-
-def _hide_rectangle(picture: np.ndarray, at_most: int, min_block: int, rng: np.random.Generator) -> int:
-    """Hides one random rectangle of `picture` (H, W) in place; returns how many patches it newly hides (0: none fit)."""
-    height, width = picture.shape
-    for _ in range(ATTEMPTS):
-        area = min_block + (at_most - min_block) * rng.random()  # also runs downwards, when less than min_block is left
+    mask = np.zeros(grid, dtype=bool)
+    left, failures = round(ratio * height * width), 0
+    while left > 0 and failures < 10:
+        failures += 1
+        area = min_block + (left - min_block) * rng.random()
         aspect = math.exp(math.log(0.3) * (2 * rng.random() - 1))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            block = picture[top : top + h, left : left + w]
-            new = h * w - int(block.sum())
-            if 0 < new <= at_most:
-                block[:] = True
-                return new
-    return 0
+        if h >= height or w >= width:
+            continue
+        top, side = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        block = mask[top : top + h, side : side + w]
+        new = h * w - int(block.sum())
+        if 0 < new <= left:
+            block[:] = True
+            left, failures = left - new, 0
+    if not mask.any():  # no rectangle fits in a small grid
+        mask[rng.integers(height), rng.integers(width)] = True
+    return torch.from_numpy(mask).flatten()
 
 
 def span_mask(
-    lengths: np.ndarray, p: float, span: int, rng: np.random.Generator, equal: bool = True, least: int = 1
+    lengths: np.ndarray, p: float, span: int, rng: np.random.Generator, equal: bool = True, min_spans: int = 1
 ) -> Tensor:
-    """Runs of `span` frames or tokens, which may overlap (paper section 4.2; the released code's counts).
+    """Spans of frames or tokens, which may overlap (section 4.2).
 
-    The paper starts a span at every frame with probability p / span. The released code, and we, draw the NUMBER of spans of
-    a row, floor(p * T / span + u) with one u in [0, 1) for the batch, and their starts without replacement. At p .65, span
-    10 about 45 % are hidden (43 to 47, more for longer input), where the paper's wording gives 49 %.
+    The paper starts a span at each frame with probability p / span. The released code, and this one, draw the
+    NUMBER of spans in a row, floor(p * T / span + u) with one u in [0, 1) for the batch, and distinct starts:
+    at p .65, span 10 about 45 % are hidden, instead of the paper's 49 %.
 
-    lengths  (B,) valid positions of each row, at least 1; T is the largest, what lies beyond a row's length is padding
-    p        share of positions to hide if spans never met, in (0, 1]
-    span     length of a span, cut to one less than the row where that is longer, so that something stays visible
-    equal    hide equally many in all rows, the fewest that one has, by showing random positions of the others again:
-             with it (M, D) splits into B equal parts; without it, the long rows of a padded batch hide more
-    least    fewest spans of a row; 0 where a mask may be empty (the channels of fine-tuning)
-    returns  (B, T) bool, at least `least` True in every row, none in the padding
+    lengths  (B,) real positions of each row; T is the largest
+    p        fraction of positions to hide if spans never overlapped
+    span     length of a span, at most one less than the row's, so that something stays visible
+    equal    hide equally many positions in all rows, by uncovering random ones in the others
+    returns  (B, T) bool, nothing hidden in the padding
     """
-    lengths = np.asarray(lengths)
-    rows, t = len(lengths), np.arange(lengths.max())
-    size = np.clip(lengths - 1, 1, span)  # (B,) of a row's spans
-    places = lengths - size + 1  # (B,) where one may start: it must end within the row
-    count = np.clip((p * lengths / span + rng.random()).astype(int), least, places)
-    order = np.where(t < places[:, None], rng.random((rows, len(t)), dtype=np.float32), np.inf).argsort(1)  # (B, T) each row's places, shuffled
-    begun = np.zeros((rows, len(t) + 1), int)
-    np.put_along_axis(begun, order, t < count[:, None], axis=1)
-    begun = begun[:, :-1].cumsum(1)  # (B, T) spans begun up to here; those begun more than `size` ago have ended
-    ended = np.take_along_axis(begun, np.maximum(t - size[:, None], 0), 1) * (t >= size[:, None])
-    mask = begun > ended
+    u = rng.random()
+    scores = rng.random((len(lengths), max(lengths)), dtype=np.float32)
+    mask = np.zeros(scores.shape, dtype=bool)
+    for row, length, score in zip(mask, lengths, scores):
+        size = min(max(length - 1, 1), span)
+        places = length - size + 1  # where a span may start
+        count = min(max(int(p * length / span + u), min_spans), places)
+        for start in np.argsort(score[:places])[:count]:
+            row[start : start + size] = True
     if equal:
-        order = np.where(mask, rng.random(mask.shape, dtype=np.float32), np.inf).argsort(1)
-        np.put_along_axis(mask, order, t < mask.sum(1).min(), axis=1)
+        fewest = mask.sum(1).min()
+        for row, score in zip(mask, rng.random(mask.shape, dtype=np.float32)):
+            hidden = np.flatnonzero(row)
+            row[hidden[np.argsort(score[hidden])[fewest:]]] = False
     return torch.from_numpy(mask)
 
 
-def bert_mask(ids: np.ndarray, ordinary: range, mask_id: int, p: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """BERT's corruption of one text: a share p of the tokens is selected (paper section 4.3; Devlin et al. 2019).
+def bert_mask(
+    ids: np.ndarray, regular_ids: range, mask_id: int, p: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """BERT's corruption of one text (section 4.3; Devlin et al. 2019): a fraction p of tokens is selected.
 
-    Of the selected, 80 % become <mask>, 10 % a random ordinary token, 10 % stay; ALL of them are scored.
+    Of these, 80 % become <mask>, 10 % a random token, 10 % stay; ALL of them are scored.
 
-    ids       (T,) token ids
-    ordinary  ids that may be selected and that random tokens are drawn from: no special tokens, no padding
-    p         share of the ordinary tokens to select, floor(p * n + u) of them with u in [0, 1), at least one
-    returns   corrupted ids (T,) int64 for the student, mask (T,) bool, True = selected
+    ids          (T,) token ids
+    regular_ids  ids that may be selected, and that random tokens are drawn from: not the special ones
+    returns      corrupted ids (T,) int64, mask (T,) bool
     """
     ids = np.array(ids, dtype=np.int64)
-    places = np.flatnonzero((ids >= ordinary.start) & (ids < ordinary.stop))
-    chosen = rng.permutation(places)[: max(1, int(p * len(places) + rng.random()))]
     mask = np.zeros(len(ids), dtype=bool)
+    regular = np.flatnonzero((ids >= regular_ids.start) & (ids < regular_ids.stop))
+    chosen = rng.permutation(regular)[: max(1, int(p * len(regular) + rng.random()))]
     mask[chosen] = True
     fate = rng.random(len(chosen))
-    ids[chosen] = np.where(fate < 0.8, mask_id, np.where(fate < 0.9, rng.integers(ordinary.start, ordinary.stop, len(chosen)), ids[chosen]))
+    other = rng.integers(regular_ids.start, regular_ids.stop, len(chosen))
+    ids[chosen] = np.where(fate < 0.8, mask_id, np.where(fate < 0.9, other, ids[chosen]))
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def span_mask_tokens(
-    ids: np.ndarray, ordinary: range, mask_id: int, p: float, span: int, rng: np.random.Generator
+    ids: np.ndarray, regular_ids: range, mask_id: int, p: float, span: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Spans of tokens, all of them <mask> (the paper's best GLUE average): span_mask at p .35, span 4 hides about 30 %.
-
-    As bert_mask otherwise; special tokens within a span stay as they are and are not scored. In a text of few ordinary tokens
-    the spans are shorter than those, so that as a rule one of them stays visible.
-    """
+    """As bert_mask, in spans that all become <mask> (the paper's best GLUE average: p .35, span 4)."""
     ids = torch.from_numpy(np.array(ids, dtype=np.int64))
-    allowed = (ids >= ordinary.start) & (ids < ordinary.stop)
-    span = min(span, max(1, int(allowed.sum()) - 1))
-    mask = span_mask(np.array([len(ids)]), p, span, rng)[0] & allowed
-    if allowed.any() and not mask.any():
-        mask[rng.choice(allowed.nonzero()[:, 0].numpy())] = True
+    regular = (ids >= regular_ids.start) & (ids < regular_ids.stop)
+    span = min(span, max(1, int(regular.sum()) - 1))  # of a few tokens, one should stay visible
+    mask = span_mask(np.array([len(ids)]), p, span, rng)[0] & regular
+    if regular.any() and not mask.any():
+        mask[rng.choice(regular.nonzero()[:, 0].numpy())] = True
     return ids.masked_fill(mask, mask_id), mask

@@ -1,7 +1,9 @@
 import http.server
 import os
+import shutil
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,20 +11,15 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SHARED = ROOT.parent / "shared" / "data"  # real data sets, where a checkout has them beside it; never in the project
+SHARED = ROOT.parent / "shared" / "data"  # real data sets, where a checkout has them beside it
+
+from data import synthetic, text  # noqa: E402
+from tests import helpers  # noqa: E402
+from tools import probes  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes of training; run with `pytest -m slow`")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:  # slow tests only when asked for
-        skip = pytest.mark.skip(reason="slow: run with `pytest -m slow`")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -34,25 +31,63 @@ def shared():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """As in the subprocesses; several threads would only wait for each other on a busy machine."""
+    """As in the processes that tests start; more threads only wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Tiny data: vision/, speech/ (letters/ without words), text/, tasks/moods/; two damaged samples."""
+    root = tmp_path_factory.mktemp("data")
+    helpers.write_images(root / "vision")
+    helpers.write_speech(root / "letters", synthetic.speech(n_train=24, n_valid=5))
+    (root / "letters" / helpers.DAMAGED["speech"][1]).write_bytes(b"no sound")
+    for path in (
+        root / "vision" / helpers.DAMAGED["vision"][0],
+        root / "letters" / helpers.DAMAGED["speech"][0],
+    ):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shutil.copytree(root / "letters", root / "speech", ignore=shutil.ignore_patterns("*.txt"))
+    helpers.write_text(root / "text.txt")
+    text.prepare([str(root / "text.txt")], root / "text", vocab_size=300, valid_every=10)
+    helpers.write_sentences(root / "tasks" / "moods")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data):
+    """{vision, speech, text: folder of a finished run, with its output beside it}. Tests go on in a copy."""
+    folders = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "fit_ctc", partial(probes.fit_ctc, steps=20))
+        for kind, source in (("vision", "vision"), ("speech", "letters"), ("text", "text")):
+            folders[kind] = out = tmp_path_factory.mktemp("finished") / kind
+            flags = "--data", data / source, "--out", out, "--steps", 12, "--log_every", 3, "--probe_every", 6
+            printed = helpers.done(helpers.call(helpers.SCRIPTS[kind], *helpers.TINY[kind], *flags))
+            out.with_suffix(".txt").write_text(printed)
+    torch.set_num_threads(threads)
+    return folders
+
+
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine: .url, .files {path: bytes}, .cut (bytes after which it hangs up), .ranges (whether it goes
-    on in the middle of a file), .asked [(path, Range header)]."""
+    """A web server on this machine: .url; .files {path: bytes}; .cut: bytes after which it hangs up; .ranges:
+    whether it goes on in the middle of a file; .asked [(path, Range header)]."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            it.asked.append((self.path, wanted := self.headers.get("Range")))
+            wanted = self.headers.get("Range")
+            it.asked.append((self.path, wanted))
             if self.path not in it.files:
                 return self.send_error(404)
-            content, start = it.files[self.path], int(wanted[6:-1]) if wanted and it.ranges else 0  # bytes=START-
+            content = it.files[self.path]
+            start = int(wanted[6:-1]) if wanted and it.ranges else 0  # bytes=START-
             if start >= len(content):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
@@ -64,7 +99,8 @@ def server(monkeypatch):
             pass
 
     it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    it.url, it.files, it.cut, it.ranges, it.asked = f"http://127.0.0.1:{it.server_port}", {}, None, True, []
+    it.url, it.files, it.cut = f"http://127.0.0.1:{it.server_port}", {}, None
+    it.ranges, it.asked = True, []
     threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True).start()
     yield it
     it.shutdown()

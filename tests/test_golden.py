@@ -1,291 +1,256 @@
-"""The released training step, in numbers: every *.pt under GOLDEN_DIR (default tests/golden) must be reproduced.
+"""The released training step, in numbers: each *.pt of GOLDEN_DIR (default tests/golden) must be reproduced.
 
-What is checked follows from `config.modality` and from the fields that a file holds.
+A file is one tiny model and what one step did with it. Its fields and `config` tell what is tested.
 """
 
-import math
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Classifier, Recogniser, Student, Teacher, regression_head, speech_encoder, text_encoder, vision_encoder
+from model import Encoder, PatchEmbed, Student, Teacher, TokenEmbed, WaveEmbed
 from targets import regression_loss, tau_at, top_k_average
-from tools.convert import (
-    POST_NORM, SPEECH, TEXT, VISION, from_released_speech, from_released_text, from_released_vision, fuse, rename,
-)  # fmt: skip
+from tools.released import our_names
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-FILES = [pytest.param(path, id=path.stem) for path in sorted(FOLDER.glob("*.pt"))]
+FILES = sorted(FOLDER.glob("*.pt"))
+KIND = {"vision": "vision", "audio": "speech", "text": "text"}  # `modality` of a file -> our name
 
 
 def read(path):
     return torch.load(path, weights_only=True)
 
 
-def of(modality, *fields):
-    """The golden files of one modality that hold these fields."""
-    chosen = []
-    for param in FILES:
-        file = read(param.values[0])
-        if file.get("config", {}).get("modality") == modality and all(field in file for field in fields):
-            chosen.append(param)
-    return chosen or [pytest.param(None, marks=pytest.mark.skip(reason=f"no {modality} file in GOLDEN_DIR"))]
+def files_with(field, modality=None):
+    """One test for each file that has this field; pytest skips it if there is none."""
+    chosen = [path for path in FILES if field in read(path)]
+    chosen = [path for path in chosen if modality in (None, read(path).get("config", {}).get("modality"))]
+    return pytest.mark.parametrize("path", chosen, ids=[path.stem for path in chosen])
 
 
-def close(ours, golden, atol, what, large=math.inf):
-    """Within atol; entries beyond `large` within atol of their size."""
-    assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} is not {tuple(golden.shape)}"
-    error = ((ours.detach() - golden) / golden.div(large).abs().clamp_min(1)).abs().max().item() if golden.numel() else 0.0
-    assert error <= atol, f"{what}: off by {error:.2e}, tolerance {atol:.0e}"
+def close(ours, expected, atol, what):
+    assert ours.shape == expected.shape, f"{what}: {tuple(ours.shape)} is not {tuple(expected.shape)}"
+    error = (ours.detach() - expected).abs().max().item() if ours.numel() else 0.0
+    assert error <= atol, f"{what}: off by {error:.2e}, tolerance {atol:.1e}"
+
+
+# ---- networks from a file's config -----------------------------------------------------------------------
+
+
+def vision_encoder(config):
+    grid = [side // config["patch_size"] for side in config["image_size"]]
+    dim, depth, heads = (config[f"encoder_{name}"] for name in ("embed_dim", "layers", "attention_heads"))
+    tables = depth if config.get("use_rel_pos_bias") else 0
+    relative = config["use_shared_rel_pos_bias"] or tables > 0
+    embed = PatchEmbed(grid, config["patch_size"], dim, heads, relative, tables=tables)
+    options = dict(pre_norm=True, eps=1e-6, heads=heads, ffn=int(dim * config["mlp_ratio"]))
+    options["target"] = {"end": "block", "fc": "ffn"}[config["layer_results"]]
+    return Encoder(embed, dim, depth, layer_scale=float(config["layer_scale"]), **options)
+
+
+def post_norm_encoder(config):
+    dim = config["encoder_embed_dim"]
+    if config["modality"] == "audio":
+        convs = []
+        for part in config["conv_feature_layers"].split("+"):  # such as [(512,10,5)]+[(512,3,2)]*4
+            numbers = [int(n) for n in re.findall(r"\d+", part)]
+            convs += [numbers[:3]] * (numbers[3] if len(numbers) > 3 else 1)
+        kernel, stack = config["pos_conv_kernel"], config["pos_conv_depth"]
+        embed = WaveEmbed(convs, dim, kernel, stack, config["conv_pos_groups"], 0.0, 1e-5)
+    else:
+        pad, rows = config["pad_idx"], config["num_position_embeddings"]
+        embed = TokenEmbed(config["vocab_size"], rows - pad - 1, pad, dim, 0.0, 1e-5)
+    options = dict(heads=config["encoder_attention_heads"], ffn=config["encoder_ffn_embed_dim"], target="ffn")
+    return Encoder(embed, dim, config["encoder_layers"], pre_norm=False, eps=1e-5, **options)
+
+
+def encoder_of(config):
+    return vision_encoder(config) if config["modality"] == "vision" else post_norm_encoder(config)
+
+
+def renamed(golden, field):
+    return our_names(golden[field], KIND[golden["config"]["modality"]])
+
+
+def student_of(golden):
+    """The file's student; its head is one Linear, or several with GELU between them."""
+    weights = renamed(golden, "model")
+    shapes = [w.shape for name, w in weights.items() if re.fullmatch(r"head\.(\d+\.)?weight", name)]
+    layers = [layer for out, in_ in shapes for layer in (nn.Linear(in_, out), nn.GELU())][:-1]
+    head = layers[0] if "head.weight" in weights else nn.Sequential(*layers)
+    student = Student(encoder_of(golden["config"]), head)
+    student.load_state_dict(weights)
+    return student
+
+
+def teacher_of(golden, student):
+    """The file's teacher. Speech's convolutions and ema_skip_keys are not averaged but the student's."""
+    kind, skipped = golden["config"]["modality"], golden["config"].get("ema_skip_keys")
+    names = our_names({name: torch.empty(0) for name in skipped}, KIND[kind]) if skipped else {}
+    shared = {name.removeprefix("encoder.").rpartition(".")[0] for name in names}
+    if kind == "audio":
+        shared.add("embed.content")
+    teacher = Teacher(student.encoder, sorted(shared))
+    missing, unexpected = teacher.load_state_dict(renamed(golden, "ema"), strict=False)
+    assert all(name.startswith("head.") for name in unexpected), "vision: a copy of the student's"
+    assert all(name.startswith((*teacher.shared, "mask_emb"), len("encoder.")) for name in missing), missing
+    return teacher
+
+
+def samples(golden):
+    padding = golden["input"].get("padding_mask")
+    return None if padding is None else (~padding).sum(1)
+
+
+def forward(golden, student, teacher):
+    """-> predictions (M, D), all layers of the teacher."""
+    inputs, mask = golden["input"], golden["mask"]
+    if golden["config"]["modality"] == "audio":
+        f, x, valid = student(inputs["source"], mask, samples(golden))
+        close(x, golden["teacher_input"], 1e-5, "content that the teacher sees")
+        return f, teacher.from_embedded(x, valid)
+    if golden["config"]["modality"] == "text":  # the teacher sees the whole text
+        return student(inputs["src_tokens"], mask)[0], teacher(inputs["unmasked_tokens"])
+    return student(inputs["image"], mask)[0], teacher(inputs["image"])
+
+
+def norms(config):
+    """How each layer is normalised, and how their mean."""
+    flags = ["instance_norm_target_layer", "layer_norm_target_layer"]
+    flags += ["instance_norm_targets", "layer_norm_targets"]
+    if config["modality"] == "vision":
+        flags = ["target_instance_norm", "target_layer_norm_last", "", "post_target_layer_norm"]
+    instance, layer, last_instance, last_layer = (config.get(flag) for flag in flags)
+    norm = "instance" if instance else "layer" if layer else "none"
+    return norm, "instance" if last_instance else "layer" if last_layer else "none"
+
+
+def beta_and_scale(config):
+    """Smooth L1's beta and the factor of its sum."""
+    gain = config.get("loss_scale") or 0
+    if config["modality"] == "vision":
+        return 0.0 if config["l2_loss"] else config["l1_beta"], gain if gain > 0 else 1.0
+    return config["loss_beta"], gain if gain > 0 else config["encoder_embed_dim"] ** -0.5
+
+
+# ---- pre-training ----------------------------------------------------------------------------------------
 
 
 def test_there_are_golden_files():
     assert FILES, f"no golden files in {FOLDER}"
 
 
-# ---- vision --------------------------------------------------------------------------------------------------------
-
-
-def vision_from(config):
-    target = {"end": "block", "fc": "ffn"}[config["layer_results"]]
-    return vision_encoder(
-        image_size=tuple(config["image_size"]), patch=config["patch_size"], dim=config["encoder_embed_dim"],
-        depth=config["encoder_layers"], heads=config["encoder_attention_heads"],
-        ffn=int(config["encoder_embed_dim"] * config["mlp_ratio"]), layer_scale=0.1 if config["layer_scale"] else 0.0,
-        relative=config["use_shared_rel_pos_bias"], learned_std=0.1 if config["use_abs_pos_emb"] else 0.0, target=target,
-    )  # fmt: skip
-
-
-def norms(config):
-    """The normalisation of each layer and of their mean: vision files name them differently."""
-    vision = config["modality"] == "vision"
-    names = ("target_instance_norm", "target_layer_norm_last") if vision else ("instance_norm_target_layer", "layer_norm_target_layer")
-    last = ("", "post_target_layer_norm") if vision else ("instance_norm_targets", "layer_norm_targets")
-    return tuple(
-        "instance" if config.get(instance) else "layer" if config.get(layer) else "none" for instance, layer in (names, last)
-    )
-
-
-def check_targets(golden, layers):
-    """Teacher layers, then targets at the masked positions -> the targets."""
-    k = golden["config"]["average_top_k_layers"]
-    for i, (ours, theirs) in enumerate(zip(layers[-k:], golden["teacher_layers"], strict=True)):
-        close(ours, theirs, 1e-5, f"teacher layer {i}")
-    y = top_k_average(layers, k, *norms(golden["config"]))[golden["mask"]]
-    close(y, golden["target"], 1.5e-4 if golden["config"]["modality"] == "audio" else 1e-5, "targets")
-    return y
-
-
-def check_step(golden, student, teacher, loss, expected_gradients, after, noise=()):
-    """Every gradient of the loss, then the teacher after one step of plain gradient descent and one update."""
-    loss.backward()
-    gradients = {name: p.grad for name, p in student.named_parameters()}
-    assert set(gradients) == set(expected_gradients)
-    for name, gradient in gradients.items():
-        if not name.endswith(noise):
-            close(gradient, expected_gradients[name], 1e-5, f"gradient of {name}", large=1.0)  # torch 2.6's convolutions round otherwise
-    with torch.no_grad():
-        for name, p in student.named_parameters():
-            p -= golden["config"]["sgd_lr"] * expected_gradients[name]  # the file's, which noise could not tell from ours
-    teacher.update(student.encoder, golden["config"]["ema_tau"])
-    ours = teacher.encoder.state_dict()
-    for name, tensor in after.items():
-        close(ours[name], tensor, 1e-6, f"teacher after the update, {name}")
-    return ours
-
-
-@pytest.mark.parametrize("path", of("vision", "pred"))
-def test_vision_step(path):
-    golden = read(path)
-    config, image, mask = golden["config"], golden["input"]["image"], golden["mask"]
-    state = from_released_vision({"model": golden["model"], "model_ema": golden["ema"]})
-    student = Student(vision_from(config), regression_head(config["encoder_embed_dim"]))
-    student.load_state_dict(state["student"])
-    teacher = Teacher(student.encoder)
-    teacher.load_state_dict(state["teacher"])
-    student.train()
-
-    y = check_targets(golden, teacher(image))
-    f = student(image, mask)
-    close(f, golden["pred"], 1e-5, "predictions")
-
-    beta = 0.0 if config["l2_loss"] else config["l1_beta"]
-    gain = config["loss_scale"] if config["loss_scale"] > 0 else 1.0
-    total = regression_loss(f, y, beta, gain)
-    torch.testing.assert_close(total.detach(), golden["loss_sum"], rtol=1e-5, atol=0)
-    loss = regression_loss(f, y, beta, gain / y.shape[-1]) / len(y)  # as the training loop writes it
-    torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
-
-    gradients, after = from_released_vision({"model": golden["grads"]})["student"], rename(golden["ema_after"], VISION)
-    assert set(check_step(golden, student, teacher, loss, gradients, after)) == set(after)
-
-
-@pytest.mark.parametrize("path", of("vision", "student_features"))
-def test_vision_features(path):
-    golden = read(path)
-    config, image = golden["config"], golden["input"]["image"]
-    student = Student(vision_from(config), regression_head(config["encoder_embed_dim"]))
-    student.load_state_dict(from_released_vision({"model": golden["model"]})["student"])
-    student.eval()
-    close(student.encoder(image)[0], golden["student_features"], 1e-5, "features")
-    if "student_features_prenorm" in golden and config["layer_results"] == "end":
-        patches = golden["student_features_prenorm"][:, student.encoder.prefix :]
-        close(student.encoder(image)[1][-1], patches, 1e-5, "last block")
-
-
-@pytest.mark.parametrize("path", of("vision", "logits"))
-def test_vision_finetuned(path):
-    golden = read(path)
-    config = golden["config"]
-    classifier = Classifier(vision_from(config), config["num_classes"])
-    classifier.load_state_dict(from_released_vision({"model": golden["model"]})["student"])
-    classifier.eval()
-    close(classifier(golden["input"]["image"]), golden["logits"], 1e-5, "logits")
-
-
-# ---- speech ----------------------------------------------------------------------------------------------------------
-
-
-def speech_from(config):
-    convs = []
-    for part in config["conv_feature_layers"].split("+"):  # such as [(512,10,5)]+[(512,3,2)]*4
-        numbers = [int(n) for n in re.findall(r"\d+", part)]
-        convs += [tuple(numbers[:3])] * (numbers[3] if len(numbers) > 3 else 1)
-    return speech_encoder(
-        dim=config["encoder_embed_dim"], depth=config["encoder_layers"], heads=config["encoder_attention_heads"],
-        ffn=config["encoder_ffn_embed_dim"], convs=tuple(convs), kernel=config["pos_conv_kernel"],
-        pos_depth=config["pos_conv_depth"], groups=config["conv_pos_groups"],
-    )  # fmt: skip
-
-
-def samples(golden):
-    padding = golden["input"]["padding_mask"]
-    return None if padding is None else (~padding).sum(1)
-
-
-@pytest.mark.parametrize("path", of("audio", "pred"))
-def test_speech_step(path):
-    golden = read(path)
-    config, waves, mask = golden["config"], golden["input"]["source"], golden["mask"]
-    state = from_released_speech(golden["model"], golden["ema"])
-    student = Student(speech_from(config), regression_head(config["encoder_embed_dim"]))
-    student.load_state_dict(state["student"])
-    tied = any(key.startswith("pos_conv") for key in config["ema_skip_keys"])
-    teacher = Teacher(student.encoder, shared=("embed.content", "embed.positions") if tied else ("embed.content",))
-    teacher.load_state_dict(state["teacher"])
-    student.train()
-
-    f, x, valid = student(waves, mask, samples(golden), content=True)
-    close(x, golden["teacher_input"], 1e-5, "content that the teacher sees")
-    y = check_targets(golden, teacher(x, valid, content=True))
-    close(f, golden["pred"], 1e-5, "predictions")
-    scale = config["loss_scale"] or config["encoder_embed_dim"] ** -0.5
-    total = regression_loss(f, y, config["loss_beta"], scale)
-    torch.testing.assert_close(total.detach(), golden["loss_sum"], rtol=1e-5, atol=0)
-    assert len(f) == golden["sample_size"]
-    loss = total / len(f)
-    torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
-
-    gradients = from_released_speech(golden["grads"])["student"]
-    after = fuse(rename({f"encoder.{k}": v for k, v in golden["ema_after"].items()}, SPEECH | POST_NORM))
-    ours = check_step(golden, student, teacher, loss, gradients, after, noise=("k_bias",))
-    assert set(ours) - set(after) == {n for n in ours if n.startswith("embed.content")} | {"mask_embedding"}
-    for name in set(ours) - set(after) - {"mask_embedding"}:
-        assert torch.equal(ours[name], student.encoder.state_dict()[name]), f"{name} is shared"
-
-
-@pytest.mark.parametrize("path", of("audio", "student_features"))
-def test_speech_features(path):
-    golden = read(path)
-    student = Student(speech_from(golden["config"]), regression_head(golden["config"]["encoder_embed_dim"]))
-    student.load_state_dict(from_released_speech(golden["model"])["student"])
-    student.eval()
-    close(student.encoder(golden["input"]["source"], None, samples(golden))[0], golden["student_features"], 1e-5, "features")
-
-
-@pytest.mark.parametrize("path", of("audio", "logits_BTV"))
-def test_speech_ctc(path):
-    golden = read(path)
-    model = {name.removeprefix("w2v_encoder.").removeprefix("w2v_model."): t for name, t in golden["model"].items()}
-    recogniser = Recogniser(speech_from(golden["config"]), golden["config"]["vocab_size"])
-    recogniser.load_state_dict(from_released_speech(model)["student"])
-    recogniser.eval()
-    logits, frames = recogniser(golden["input"]["source"], samples(golden))
-    assert torch.equal(frames, golden["input"]["input_lengths"])
-    real = torch.arange(logits.shape[1]) < frames[:, None]  # in the padding, the file's logits are those of a sure blank
-    close(logits[real], golden["logits_BTV"][real], 1e-5, "logits")
-    log_probs = logits.float().log_softmax(-1)
-    close(log_probs[real], golden["log_probs_BTV"][real], 1e-5, "log-probabilities")
-    loss = F.ctc_loss(
-        log_probs.transpose(0, 1), golden["input"]["targets_flat"], frames, golden["input"]["target_lengths"],
-        blank=golden["config"]["blank_idx"], reduction="sum",
-    )  # fmt: skip
-    torch.testing.assert_close(loss.detach(), golden["ctc_loss_sum"], rtol=1e-5, atol=0)
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def text_from(config):
-    return text_encoder(
-        vocab=config["vocab_size"], max_length=config["num_position_embeddings"] - config["pad_idx"] - 1, pad=config["pad_idx"],
-        dim=config["encoder_embed_dim"], depth=config["encoder_layers"], heads=config["encoder_attention_heads"],
-        ffn=config["encoder_ffn_embed_dim"],
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("path", of("text", "pred"))
-def test_text_step(path):
+@files_with("pred")
+def test_one_step_of_pre_training(path):
     golden = read(path)
     config, mask = golden["config"], golden["mask"]
-    state = from_released_text(golden["model"], golden["ema"])
-    student = Student(text_from(config), regression_head(config["encoder_embed_dim"], config["head_layers"]))
-    student.load_state_dict(state["student"])
-    tied = any(key.startswith("embed_") for key in config["ema_skip_keys"])
-    teacher = Teacher(student.encoder, shared=("embed",) if tied else ())
-    teacher.load_state_dict(state["teacher"])
+    speech = config["modality"] == "audio"
+    student = student_of(golden)
+    teacher = teacher_of(golden, student)
     student.train()
 
-    y = check_targets(golden, teacher(golden["input"]["unmasked_tokens"]))  # the full sentence, not its masked tokens alone
-    f = student(golden["input"]["src_tokens"], mask)
+    # predictions and targets
+    f, layers = forward(golden, student, teacher)
     close(f, golden["pred"], 1e-5, "predictions")
-    scale = config["encoder_embed_dim"] ** -0.5 if config["loss_scale"] is None else config["loss_scale"]
-    total = regression_loss(f, y, config["loss_beta"], scale)
+    k = config["average_top_k_layers"]
+    for l, (a, expected) in enumerate(zip(layers[-k:], golden["teacher_layers"], strict=True)):
+        close(a, expected, 1e-5, f"teacher layer {l}")
+    y = top_k_average(layers, k, *norms(config))[mask]
+    close(y, golden["target"], 1.5e-4 if speech else 1e-5, "targets")
+
+    # loss
+    total = regression_loss(f, y, *beta_and_scale(config))
     torch.testing.assert_close(total.detach(), golden["loss_sum"], rtol=1e-5, atol=0)
-    assert len(f) == golden["sample_size"]
-    loss = total / len(f)
+    size = f.numel() if config["modality"] == "vision" else len(f)
+    assert size == golden["sample_size"]
+    loss = total / size
     torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-5, atol=0)
 
-    gradients = from_released_text(golden["grads"])["student"]
-    after = fuse(rename({f"encoder.{k}": v for k, v in golden["ema_after"].items()}, TEXT | POST_NORM))
-    assert set(check_step(golden, student, teacher, loss, gradients, after, noise=("k_bias",))) == set(after)
+    # gradients
+    loss.backward()
+    gradients, expected = {n: p.grad for n, p in student.named_parameters()}, renamed(golden, "grads")
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        close(gradients[name], gradient, 1e-5 * max(largest, 1), f"gradient of {name}")
+
+    # the teacher after a step of gradient descent, with the gradients of the file: k_proj.bias' are noise
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            p -= config["sgd_lr"] * expected[name]
+    teacher.update(student.encoder, config["ema_tau"])
+    after = renamed(golden, "ema_after")
+    for name, tensor in teacher.state_dict().items():
+        if name in after:
+            close(tensor, after[name], 1e-6, f"teacher after the update, {name}")
+        elif name != "encoder.mask_embedding":
+            assert torch.equal(tensor, student.state_dict()[name]), f"{name} is the student's"
 
 
-@pytest.mark.parametrize("path", of("text", "student_features"))
-def test_text_features(path):
+@files_with("student_features")
+@torch.no_grad()
+def test_features_of_the_whole_input(path):
     golden = read(path)
-    student = Student(text_from(golden["config"]), regression_head(golden["config"]["encoder_embed_dim"], golden["config"]["head_layers"]))
-    student.load_state_dict(from_released_text(golden["model"])["student"])
-    student.eval()
-    tokens = golden["input"]["unmasked_tokens"]
-    real = tokens != golden["config"]["pad_idx"]
-    close(student.encoder(tokens)[0][real], golden["student_features"][real], 1e-5, "features")
+    config, inputs = golden["config"], golden["input"]
+    encoder = student_of(golden).encoder.eval()
+    x = inputs[{"vision": "image", "audio": "source", "text": "unmasked_tokens"}[config["modality"]]]
+    features, layers = encoder(x, None, samples(golden))
+    shown = x != config["pad_idx"] if config["modality"] == "text" else slice(None)
+    close(features[shown], golden["student_features"][shown], 1e-5, "features")
+    if "student_features_prenorm" in golden and config["layer_results"] == "end":
+        patches = golden["student_features_prenorm"][:, encoder.prefix :]
+        close(layers[-1], patches, 1e-5, "last block")
 
 
-# ---- schedule --------------------------------------------------------------------------------------------------------
+# ---- fine-tuning -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "ema_decay_schedule" in read(p.values[0])])
-def test_tau_schedule(path):
-    for name, values in read(path)["ema_decay_schedule"].items():
-        if isinstance(values, dict):
-            tau_0, rest = name[name.index("(") + 1 : -1].split("->")
-            tau_e, tau_n = rest.split(",")
-            for step, tau in values.items():
-                assert tau_at(step, float(tau_0), float(tau_e), int(tau_n)) == pytest.approx(tau, abs=1e-9)
-        else:
+@files_with("logits", "vision")
+@torch.no_grad()
+def test_a_fine_tuned_model_of_images(path):
+    from finetune import Classifier
+
+    golden = read(path)
+    classifier = Classifier(encoder_of(golden["config"]), golden["config"]["num_classes"])
+    classifier.load_state_dict(renamed(golden, "model"))
+    close(classifier.eval()(golden["input"]["image"]), golden["logits"], 1e-5, "logits")
+
+
+@files_with("logits_BTV", "audio")
+@torch.no_grad()
+def test_a_fine_tuned_model_of_speech(path):
+    from finetune import FrameClassifier
+
+    golden = read(path)
+    classifier = FrameClassifier(encoder_of(golden["config"]), golden["config"]["vocab_size"])
+    classifier.load_state_dict(renamed(golden, "model"))
+    logits, frames = classifier.eval()(golden["input"]["source"], samples(golden))
+    assert torch.equal(frames, golden["input"]["input_lengths"])
+    shown = (
+        torch.arange(logits.shape[1]) < frames[:, None]
+    )  # in padding, the file's logits are a certain blank
+    close(logits[shown], golden["logits_BTV"][shown], 1e-5, "logits")
+    log_probs = logits.log_softmax(-1)
+    close(log_probs[shown], golden["log_probs_BTV"][shown], 1e-5, "log-probabilities")
+    labels, lengths = golden["input"]["targets_flat"], golden["input"]["target_lengths"]
+    blank = golden["config"]["blank_idx"]
+    loss = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, lengths, blank=blank, reduction="sum")
+    torch.testing.assert_close(loss, golden["ctc_loss_sum"], rtol=1e-5, atol=0)
+
+
+# ---- tau -------------------------------------------------------------------------------------------------
+
+
+@files_with("ema_decay_schedule")
+def test_tau(path):
+    for name, values in read(path)["ema_decay_schedule"].items():  # such as audio_base(0.999->0.9999,30000)
+        if not isinstance(values, dict):
             assert tau_at(1, values, values, 0) == tau_at(10**6, values, values, 0) == values
+            continue
+        tau_0, tau_e, tau_n = re.fullmatch(r".*\((.*)->(.*),(.*)\)", name).groups()
+        for step, tau in values.items():
+            assert tau_at(step, float(tau_0), float(tau_e), int(tau_n)) == pytest.approx(tau, abs=1e-9)

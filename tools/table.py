@@ -1,87 +1,59 @@
-"""A Markdown table from the results.json of finished runs.
+"""A Markdown table from the results.json of finished runs: python -m tools.table runs/a runs/b --keys top1
 
-    python -m tools.table runs/a runs/b --keys top1,best_top1      a row a run
-    python -m tools.table runs/*-s? --group seed                   a-s0, a-s1, a-s2 in one row: mean ± std (n)
+With --group seed, runs/a-s0, runs/a-s1 and so on share a row: mean ± std (number of runs).
 """
 
-import argparse
 import json
-import os
 import re
 import statistics
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-if __name__ == "__main__":  # `python tools/table.py` works as well as `python -m tools.table`
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from common import BadInput, run
+from common import UserError, require, run
 
 
-def numbers(found) -> dict[str, float]:
-    """The numbers of a JSON object by name; what else it holds is left out. Raises ValueError if it is none."""
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-
-
-def read_results(path: Path) -> dict[str, float]:
-    """The numbers in a run's results.json. Raises BadInput."""
+def read_results(folder: Path) -> dict[str, float]:
+    """The numbers in a run's results.json. UserError if it has none."""
     try:
-        return numbers(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; a run writes it at its end") from None
+        results = json.loads((folder / "results.json").read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as results ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{folder}: no results.json to read; a run writes it at its end ({error})") from None
+    return {key: value for key, value in results.items() if isinstance(value, (int, float))}
 
 
-def run_names(folders: list[Path]) -> list[str]:
-    """What tells the folders apart: the path of each from the folder in which they all lie."""
-    folders = [folder.resolve() for folder in folders]
-    top = os.path.commonpath([folder.parent for folder in folders])
-    return [folder.relative_to(top).as_posix() for folder in folders]
-
-
-def choose_keys(wanted: str, found: list[dict]) -> list[str]:
-    """The comma-separated names in `wanted`, or all there are. Raises BadInput for one that no run has."""
-    there = list(dict.fromkeys(name for row in found for name in row))
-    if not there:
-        raise BadInput("these runs have no numbers to show yet")
-    keys = [key.strip() for key in wanted.split(",") if key.strip()] or there
-    if missing := [key for key in keys if key not in there]:
-        raise BadInput(f"--keys {','.join(missing)}: no run has it; there are {', '.join(there)}")
+def choose_keys(wanted: str, runs: list[dict]) -> list[str]:
+    """The comma-separated names in `wanted`; "": every name that a run has."""
+    known = list(dict.fromkeys(key for run in runs for key in run))
+    keys = wanted.split(",") if wanted else known
+    require(keys and set(keys) <= set(known), f"--keys {wanted}: the runs have {', '.join(known) or 'none'}")
     return keys
 
 
-def cell(values: list[float], grouped: bool) -> str:
-    """One run's value, or mean ± sample standard deviation, and in a grouped table (the number of runs)."""
+def cell(values: list[float]) -> str:
+    """The value of one run, or the mean ± the sample standard deviation of several (how many)."""
     if not values:
         return "-"
-    mean = statistics.fmean(values)
-    digits = 0 if len(values) == 1 and isinstance(values[0], int) else 3 if abs(mean) < 10 else 1
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread}" + (f" ({len(values)})" if grouped else "")
+    if len(values) == 1:
+        return str(values[0]) if isinstance(values[0], int) else f"{values[0]:.3f}"
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, or its results.json")
-    parser.add_argument("--keys", default="", help="comma-separated columns; default: every number that a run has")
-    parser.add_argument("--group", metavar="REGEX", help="names that differ in what it matches share a row; seed: -sN")
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument("--keys", default="", help="comma-separated columns; default: every number")
+    parser.add_argument("--group", choices=["seed"], help="runs whose names differ only in -sN share a row")
     args = parser.parse_args()
-    try:
-        pattern = re.compile({None: "(?!)", "seed": r"-s\d+$"}.get(args.group, args.group))
-    except re.error as error:
-        raise BadInput(f"--group {args.group}: not a regular expression ({error})") from None
-    files = [path if path.suffix == ".json" else path / "results.json" for path in map(Path, args.runs)]
-    found = [read_results(path) for path in files]
-    keys, rows = choose_keys(args.keys, found), {}
-    for name, row in zip(run_names([path.parent for path in files]), found):
-        rows.setdefault(pattern.sub("", name), []).append(row)
+    rows = {}
+    for folder in args.runs:
+        name = re.sub(r"-s\d+$", "", str(folder)) if args.group else str(folder)
+        rows.setdefault(name, []).append(read_results(folder))
+    keys = choose_keys(args.keys, sum(rows.values(), []))
     print("| run | " + " | ".join(keys) + " |\n|---|" + "---:|" * len(keys))
-    for name, members in rows.items():
-        cells = [cell([row[key] for row in members if key in row], bool(args.group)) for key in keys]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    for name, runs in rows.items():
+        print(
+            f"| {name} | " + " | ".join(cell([run[key] for run in runs if key in run]) for key in keys), "|"
+        )
 
 
 if __name__ == "__main__":
