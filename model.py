@@ -365,13 +365,13 @@ class Teacher(nn.Module):
     def update(self, encoder, tau):
         """delta = tau * delta + (1 - tau) * theta, in float32, after each optimiser step; none if tau >= 1.
         Shared modules (and integer buffers, if any) are copied instead."""
-        mine, theirs = self.encoder.state_dict(), encoder.state_dict()
-        average = [n for n, t in mine.items() if t.is_floating_point() and not n.startswith(self.shared)]
-        copied = [n for n in mine if n not in set(average)]
+        delta, theta = self.encoder.state_dict(), encoder.state_dict()
+        average = [n for n, t in delta.items() if t.is_floating_point() and not n.startswith(self.shared)]
+        copied = [n for n in delta if n not in set(average)]
         if average and tau < 1:
-            torch._foreach_lerp_([mine[n] for n in average], [theirs[n].float() for n in average], 1 - tau)
+            torch._foreach_lerp_([delta[n] for n in average], [theta[n].float() for n in average], 1 - tau)
         if copied:
-            torch._foreach_copy_([mine[n] for n in copied], [theirs[n] for n in copied])
+            torch._foreach_copy_([delta[n] for n in copied], [theta[n] for n in copied])
 
     @torch.no_grad()
     def forward(self, input, lengths=None):
