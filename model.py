@@ -16,8 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-# ---- Transformer -----------------------------------------------------------------------------------------
-
 
 class Attention(nn.Module):
     """Multi-head self-attention. k_bias: the keys have a bias, too (speech, text)."""
@@ -35,11 +33,10 @@ class Attention(nn.Module):
         k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        dropout = self.dropout if self.training else 0.0
         if x.is_cpu:  # where attention in bfloat16 is slow, above all its backward pass
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -93,8 +90,7 @@ class Block(nn.Module):
             ffn = self.ffn(x)
             residual = self.alpha * x + self.dropout(ffn)
             x = self.norm2(residual)
-        a = {"block": x, "ffn": ffn, "ffn_residual": residual, "attention": attention}[self.target]
-        return x, a
+        return x, {"block": x, "ffn": ffn, "ffn_residual": residual, "attention": attention}[self.target]
 
 
 class Encoder(nn.Module):
@@ -103,11 +99,10 @@ class Encoder(nn.Module):
     embed       PatchEmbed, WaveEmbed or TokenEmbed:
                   embed(input, lengths) -> content x (B, T, D), valid or None (lengths: speech's samples)
                   embed.add_positions(x, valid) -> x (B, prefix + T, D), [bias of all blocks, or one of each]
-                  embed.prefix: tokens put in front (the class token), never masked, never a target
-                  embed.mask_token: whether masked positions get a learned vector (text masks its ids instead)
+                  embed.prefix: tokens in front (the class token), never masked, never a target
+                  embed.mask_token: masked positions get a learned vector (text masks its ids instead)
     drop_path   of the last block, rising linearly over depth (vision)
     layer_drop  probability of skipping a layer for the whole batch, in training (Fan et al. 2019; speech)
-    block       more options of Block
     """
 
     def __init__(
@@ -293,9 +288,6 @@ class TokenEmbed(nn.Module):
     def add_positions(self, x, valid):
         x = x + self.positions(valid.cumsum(1) * valid + self.pad)
         return self.dropout(self.norm(x)).masked_fill(~valid[..., None], 0), [None]
-
-
-# ---- initial weights -------------------------------------------------------------------------------------
 
 
 def init_vision(module, std=0.02):
