@@ -135,9 +135,8 @@ def accumulation_steps(global_batch, micro_batch, world):
     """Micro-batches of a process in an update, of at most micro_batch samples (0: any)."""
     count = math.ceil(global_batch / (world * (micro_batch or global_batch)))
     split = f"{world} processes x {count} micro-batches; use a multiple of {world * count}"
-    require(
-        global_batch % (world * count) == 0, f"--global_batch {global_batch}: does not split into {split}"
-    )
+    even = global_batch % (world * count) == 0
+    require(even, f"--global_batch {global_batch}: does not split into {split}")
     return count
 
 

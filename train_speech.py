@@ -124,20 +124,9 @@ def build(cfg: Config) -> Student:
     convs = [(cfg.channels, kernel, stride) for kernel, stride in CONVS]
     kernel = max(3, cfg.pos_width // cfg.pos_depth)
     embed = WaveEmbed(convs, cfg.dim, kernel, cfg.pos_depth, cfg.pos_groups, cfg.dropout, cfg.norm_eps)
-    dropout = (cfg.dropout, cfg.attn_dropout, cfg.ffn_dropout)
-    encoder = Encoder(
-        embed,
-        cfg.dim,
-        cfg.depth,
-        heads=cfg.heads,
-        ffn=cfg.ffn,
-        pre_norm=False,
-        eps=cfg.norm_eps,
-        target=cfg.target,
-        dropout=dropout,
-        layer_drop=cfg.layer_drop,
-        deep_norm=cfg.deep_norm,
-    )
+    block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "deep_norm": cfg.deep_norm}
+    block |= {"dropout": (cfg.dropout, cfg.attn_dropout, cfg.ffn_dropout), "layer_drop": cfg.layer_drop}
+    encoder = Encoder(embed, cfg.dim, cfg.depth, pre_norm=False, eps=cfg.norm_eps, **block)
     for conv in embed.content["convs"]:
         torch.nn.init.kaiming_normal_(conv.weight)
     torch.nn.init.uniform_(encoder.mask_embedding)  # as in wav2vec 2.0

@@ -42,7 +42,6 @@ class Config(RunConfig):
     token_std: float = option(0.02, "initial std of the token table", min_=0)
     position_std: float = option(0.02, "of the position table; if large, positions alone are learned", min_=0)
     weight_std: float = option(0.02, "of other matrices; 0: 1 / sqrt(inputs), for small widths", min_=0)
-    head_layers: int = 2
     norm_eps: float = 1e-5
     # data2vec
     objective: str = option("data2vec", "or mlm: predict the token itself, to compare", ("data2vec", "mlm"))
@@ -108,31 +107,20 @@ PRESETS = {
 def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights."""
     embed = TokenEmbed(vocab, cfg.max_tokens, text.PAD, cfg.dim, cfg.dropout, cfg.norm_eps)
-    dropout = (cfg.dropout, cfg.attn_dropout, 0)
-    encoder = Encoder(
-        embed,
-        cfg.dim,
-        cfg.depth,
-        heads=cfg.heads,
-        ffn=cfg.ffn,
-        pre_norm=False,
-        eps=cfg.norm_eps,
-        target=cfg.target,
-        dropout=dropout,
-    )
+    block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target}
+    block["dropout"] = (cfg.dropout, cfg.attn_dropout, 0)
+    encoder = Encoder(embed, cfg.dim, cfg.depth, pre_norm=False, eps=cfg.norm_eps, **block)
     for table, std in ((embed.tokens, cfg.token_std), (embed.positions, cfg.position_std)):
         nn.init.normal_(table.weight, std=std)
         table.weight.data[text.PAD] = 0
     init_post_norm(encoder, cfg.weight_std)
     if cfg.objective == "mlm":
         return Student(encoder, nn.Linear(cfg.dim, vocab))
-    widths = [cfg.dim] + (cfg.head_layers - 1) * [2 * cfg.dim] + [cfg.dim]
-    linears = [nn.Linear(n, m) for n, m in zip(widths, widths[1:])]
-    for linear in linears if cfg.weight_std else ():
+    head = nn.Sequential(nn.Linear(cfg.dim, 2 * cfg.dim), nn.GELU(), nn.Linear(2 * cfg.dim, cfg.dim))
+    for linear in (head[0], head[2]) if cfg.weight_std else ():
         nn.init.normal_(linear.weight, std=cfg.weight_std)
         nn.init.zeros_(linear.bias)
-    layers = [layer for linear in linears for layer in (linear, nn.GELU())][:-1]
-    return Student(encoder, nn.Sequential(*layers) if cfg.head_layers > 1 else linears[0])
+    return Student(encoder, head)
 
 
 def draw_mask(cfg: Config, vocabulary, ids, rng):

@@ -111,19 +111,9 @@ def build(cfg: Config) -> Student:
     common.require(fits, f"--image_size {cfg.image_size}: must be a multiple of --patch {cfg.patch}")
     grid, tables = (cfg.image_size // cfg.patch,) * 2, cfg.depth if cfg.per_block else 0
     embed = PatchEmbed(grid, cfg.patch, cfg.dim, cfg.heads, cfg.relative, cfg.learned_std, tables)
-    encoder = Encoder(
-        embed,
-        cfg.dim,
-        cfg.depth,
-        heads=cfg.heads,
-        ffn=cfg.ffn,
-        pre_norm=True,
-        eps=cfg.norm_eps,
-        target=cfg.target,
-        layer_scale=cfg.layer_scale,
-        drop_path=cfg.drop_path,
-        dropout=(cfg.dropout, cfg.attn_dropout, 0),
-    )
+    block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "layer_scale": cfg.layer_scale}
+    block |= {"dropout": (cfg.dropout, cfg.attn_dropout, 0), "drop_path": cfg.drop_path}
+    encoder = Encoder(embed, cfg.dim, cfg.depth, pre_norm=True, eps=cfg.norm_eps, **block)
     init_vision(encoder)
     head = torch.nn.Linear(cfg.dim, cfg.dim)
     init_vision(head)

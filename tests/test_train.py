@@ -375,7 +375,7 @@ PAPER = {  # tables 10 to 12 of the paper, and the released configurations where
         schedule=cosine""",
     "text base base_spans large": """target=ffn top_k=10 norm=layer final_norm=none beta=4 tau_0=0.999
         share_embedding=true tau_e=0.9999 global_batch=256 max_tokens=512 steps=1000000 clip=5
-        weight_decay=0.01 beta2=0.98 dropout=0.1 attn_dropout=0.1 head_layers=2""",
+        weight_decay=0.01 beta2=0.98 dropout=0.1 attn_dropout=0.1""",
     "text base": "lr=2e-4 mask_p=0.15 mask_span=1 tau_n=100000",
     "text base_spans": "lr=2e-4 mask_p=0.35 mask_span=4 tau_n=300000",
 }  # fmt: skip
