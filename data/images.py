@@ -54,7 +54,7 @@ def open_data(path):
     if not val:
         val = train[::20]
         del train[::20]
-    require(train, f"--data {path}: too few images; put {' '.join(EXTENSIONS)} files into train/CLASS/")
+    require(train, f"--data {path}: no images in train/CLASS/, or too few ({' '.join(EXTENSIONS)})")
     labels = {name: i for i, name in enumerate(classes)}
     return [
         ImageSet(classes, [labels.get(name, -1) for _, name in split], [file for file, _ in split])

@@ -290,7 +290,8 @@ def open_data(path):
         ids = [[np.array(vocabulary.encode(text), vocabulary.dtype) for text in texts] for texts in splits]
         train, valid = (Corpus(np.concatenate(part), np.cumsum([0, *map(len, part)])) for part in ids)
         return train, valid, vocabulary
-    require(Path(path, "meta.json").exists(), f"{path}: not prepared with `python -m data.text prepare`")
+    hint = "run `python -m data.text prepare --input FILE.txt --out DIR` and give that DIR"
+    require(Path(path, "meta.json").exists(), f"--data {path}: no prepared text; {hint}")
     vocabulary = open_vocabulary(path)
     train, valid = (Corpus.open(f"{path}/{split}", vocabulary.dtype) for split in ("train", "valid"))
     return train, valid, vocabulary

@@ -276,7 +276,7 @@ def test_prepare_refuses(tmp_path):
     (tmp_path / "out" / "train.bin").write_bytes(b"abcd")
     with pytest.raises(UserError, match="train.bin: does not fit"):
         T.open_data(str(tmp_path / "out"))
-    with pytest.raises(UserError, match="not prepared with `python -m data.text prepare"):
+    with pytest.raises(UserError, match="no prepared text; run `python -m data.text prepare"):
         T.open_data(str(tmp_path))
 
 
