@@ -38,9 +38,6 @@ def close(ours, expected, atol, what):
     assert error <= atol, f"{what}: off by {error:.2e}, tolerance {atol:.1e}"
 
 
-# ---- networks from a file's config -----------------------------------------------------------------------
-
-
 def vision_encoder(config):
     grid = [side // config["patch_size"] for side in config["image_size"]]
     dim, depth, heads = (config[f"encoder_{name}"] for name in ("embed_dim", "layers", "attention_heads"))
@@ -137,9 +134,6 @@ def beta_and_scale(config):
     return config["loss_beta"], gain if gain > 0 else config["encoder_embed_dim"] ** -0.5
 
 
-# ---- pre-training ----------------------------------------------------------------------------------------
-
-
 def test_there_are_golden_files():
     assert FILES, f"no golden files in {FOLDER}"
 
@@ -206,9 +200,6 @@ def test_features_of_the_whole_input(path):
         close(layers[-1], patches, 1e-5, "last block")
 
 
-# ---- fine-tuning -----------------------------------------------------------------------------------------
-
-
 @files_with("logits", "vision")
 @torch.no_grad()
 def test_a_fine_tuned_model_of_images(path):
@@ -240,9 +231,6 @@ def test_a_fine_tuned_model_of_speech(path):
     blank = golden["config"]["blank_idx"]
     loss = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, lengths, blank=blank, reduction="sum")
     torch.testing.assert_close(loss, golden["ctc_loss_sum"], rtol=1e-5, atol=0)
-
-
-# ---- tau -------------------------------------------------------------------------------------------------
 
 
 @files_with("ema_decay_schedule")

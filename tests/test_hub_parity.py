@@ -82,9 +82,6 @@ def our_state(config, rng, classes=None, task=None, vocab=0, **more):
     return state | {"student": randomise(build(state), rng).state_dict()}
 
 
-# ---- random models of each kind, and their comparison ----------------------------------------------------
-
-
 def their_vision(rng, number):
     patch, side = pick(rng, 2, 4, 6), int(rng.integers(2, 6))
     switches = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_mask_token")
@@ -200,9 +197,6 @@ KINDS = {
 }
 
 
-# ---- both directions -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("number", EACH)
 @pytest.mark.parametrize("kind", KINDS)
@@ -310,7 +304,20 @@ def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     assert back.size == vocabulary.size and back.pieces == vocabulary.pieces
 
 
-# ---- what is not understood ------------------------------------------------------------------------------
+def test_the_blank_of_a_folder_becomes_output_0(tmp_path):
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=5
+    )
+    torch.manual_seed(0)
+    config = transformers.Data2VecAudioConfig(conv_dim=[16] * 7, pad_token_id=4, **sizes)
+    theirs = transformers.Data2VecAudioForCTC(config).eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({"A": 0, "|": 1, "B": 2, "[UNK]": 3, "[PAD]": 4}))
+    state = convert.read(tmp_path)
+    assert state["classes"] == ["[PAD]", "A", "|", "B", "[UNK]"]
+    wave = torch.randn(1, 4000)
+    expected = theirs(wave).logits[..., [4, 0, 1, 2, 3]]
+    torch.testing.assert_close(model_of(state)(wave)[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [

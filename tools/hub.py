@@ -103,7 +103,7 @@ def read(folder: Path) -> dict:
     kind = about.get("model_type")
     require(kind in KINDS, f"{folder}: has model_type {kind} in config.json; known are {', '.join(KINDS)}")
     encoder, head, prefix = KINDS[kind]
-    expected = EXPECTED | ({} if encoder is VISION else {"pad_token_id": 1 if encoder is TEXT else 0})
+    expected = EXPECTED | ({"pad_token_id": 1} if encoder is TEXT else {})
     for name, value in expected.items():
         given = about.get(name, value)
         require(given == value, f"{folder}: has {name} {given} in config.json; only {value} can be read")
@@ -131,7 +131,11 @@ def read(folder: Path) -> dict:
     if encoder is AUDIO and "lm_head.weight" in weights:
         symbols = {i: symbol for symbol, i in read_json(folder / "vocab.json").items()}
         space = read_json(folder / "tokenizer_config.json").get("word_delimiter_token", "|")
-        task, classes = "letters", [symbols[i].replace(space, "|") for i in range(len(symbols))]
+        blank, outputs = about.get("pad_token_id", 0), range(len(student["out.weight"]))
+        order = [blank] + [i for i in outputs if i != blank]  # our blank is output 0
+        student |= {name: student[name][order] for name in ("out.weight", "out.bias")}
+        names = [symbols.get(i, f"<{i}>").replace(space, "|") for i in order]
+        task, classes = "letters", names if symbols else None
     config = about.get("data2vec", {}) | config  # the former is from write()
     state = {"student": student, "teacher": None, "config": config, "task": task, "classes": classes}
     return complete(state | {"origin": f"folder of transformers, {kind}", "notes": notes}, folder)
