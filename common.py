@@ -3,21 +3,34 @@
 import argparse
 import atexit
 import copy
+import errno
 import json
 import math
 import os
-import resource
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
 HINT = "try a smaller --lr, a longer --warmup, a larger --tau_0, --norm instance or --dtype float32"
 COLLAPSED = {"target_std": 0.1, "pred_std": 0.01}  # a run with less has collapsed (released speech code)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+received = []  # signals that ask a run to save and stop
 
 
 class UserError(Exception):
@@ -29,9 +42,15 @@ def require(condition, message):
         raise UserError(message)
 
 
+class Stopped(Exception):
+    """A run has saved its state and ends, as a signal asked; holds the signal's number."""
+
+
 def run(main):
-    """Calls main(). Exit status: 0; 2 after a UserError, told in one line; 130 after Ctrl-C; otherwise 1."""
+    """Calls main(). Exit status: 0; 2 after a UserError, told in one line; 128 + n after signal n; else 1."""
     status = 1
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     try:
         main()
         gather(None)  # torchrun ends all processes when the first one leaves, so they leave together
@@ -39,11 +58,16 @@ def run(main):
     except UserError as error:
         status = 2
         line = str(error).strip().splitlines()[-1]  # torch puts a traceback before what a worker raised
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_process():
             print(f"{Path(sys.argv[0]).name}: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + signal.SIGINT
+    except Stopped as stopped:
+        status = 128 + stopped.args[0]
     finally:
+        received.clear()
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if dist.is_initialized():  # gloo's threads can hang an orderly exit
             atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(status)))
     sys.exit(status)
@@ -79,6 +103,10 @@ def option(default, help, choices=None, min_=-math.inf, max_=math.inf):
     return field(default_factory=lambda: copy.copy(default), metadata=flag)
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
 @dataclass
 class RunConfig:
     preset: str = option("smoke", "named set of values for the options below")
@@ -88,8 +116,8 @@ class RunConfig:
     init: str = option("", "checkpoint to start from: ours, released, or a folder of transformers")
     steps: int = option(1000, "optimiser steps (updates); all schedules end here", min_=1)
     seed: int = option(0, "seed of weights, order, augmentation and masks", min_=0)
-    device: str = option("auto", "auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "autocast; auto: bfloat16 if native", ("auto", "float32", "bfloat16"))
+    device: str = option("auto", "auto takes the GPU if there is one", DEVICES)
+    dtype: str = option("auto", "autocast; auto: bfloat16 if native, or float16 on older GPUs", DTYPES)
     compile: bool = option(False, "torch.compile the encoders")
     workers: int = option(2, "data-loading processes of each training process; 0: in the loop", min_=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", min_=1)
@@ -107,6 +135,8 @@ def parse(config_class, presets, description, family):
     given = vars(parser.parse_args())
     preset, show_help = given.get("preset", next(iter(presets))), given.pop("help", False)
     require(preset in presets, f"--preset {preset}: not one of {', '.join(presets)}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not given.get("eval_only"):
+        given["resume"] = True  # torchrun has started this run again
     stored = Path(given.setdefault("out", f"runs/{family}-{preset}"), "config.json")
     values = {"preset": preset} | presets[preset]
     if given.get("resume") and stored.exists():
@@ -167,20 +197,51 @@ def due(step, every, steps):
 
 
 def start_processes(device, dtype):
-    """Joins torchrun's process group, if there is one -> rank, number of processes, device, autocast."""
-    gpu = torch.cuda.is_available() and device != "cpu"
-    require(gpu or device != "cuda", "--device cuda: torch finds no GPU; use --device cpu")
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if gpu:
+    """Joins torchrun's process group, if there is one -> rank, processes, device, autocast, grad scaler."""
+    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    kind = found if device == "auto" else device
+    require(kind in ("cpu", found), f"--device {kind}: torch finds no such device; use --device {found}")
+    best = (
+        "bfloat16" if kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "float32"
+    )
+    rank, device = int(os.environ.get("RANK", 0)), torch.device(kind)
+    if kind == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        require(
+            local < count, f"--device cuda: process {local}, but {count} GPUs; use --nproc_per_node={count}"
+        )
+        device = torch.device(kind, local)
         torch.cuda.set_device(device)
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    use_bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16)
+        generation, _ = torch.cuda.get_device_capability()
+        best = "bfloat16" if generation >= 8 else "float16" if generation == 7 else "float32"
+    dtype = best if dtype == "auto" else dtype
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    autocast = torch.autocast(kind, half, enabled=dtype != "float32")
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
     if "RANK" not in os.environ:
-        return 0, 1, device, autocast
-    dist.init_process_group("nccl" if gpu else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device, autocast
+        for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+            alone = os.environ.get(name, "1") in ("", "1")
+            require(
+                alone,
+                f"{name} is {os.environ.get(name)}, but no RANK is set; start with torchrun, or unset it",
+            )
+        return 0, 1, device, autocast, scaler
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2)
+        )
+    except ValueError as error:
+        raise UserError(
+            f"RANK is set, but not all of a process group ({error}); start with torchrun"
+        ) from None
+    return dist.get_rank(), dist.get_world_size(), device, autocast, scaler
+
+
+def first_process():
+    """Is this the process that prints?"""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def gather(value):
@@ -191,10 +252,10 @@ def gather(value):
     return values
 
 
-def all_reduce(x):
+def all_reduce(x, op=dist.ReduceOp.SUM):
     """The tensor x, summed over all processes in place."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, op)
     return x
 
 
@@ -203,21 +264,44 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+def optimizer_step(optimizer, scaler, network, clip):
+    """Clips the gradients and steps -> their norm; None if float16 overflowed: only the scale moved."""
+    scale = scaler.get_scale()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if scaler.get_scale() >= scale:
+        return grad_norm
+    if scale < 1e-3:
+        text = f"the gradients are not finite at any scale of float16: the run has diverged; {HINT}"
+        raise SystemExit(text if first_process() else 1)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path, undo):
+    """UserError if what is in this block cannot be written, after undo()."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter from torch.save
+        undo()
+        raise UserError(f"{path}: cannot be written ({error}); make room, or use another folder") from None
 
 
 def save(path, state):
     """Writes text, .json or a checkpoint under a temporary name, then renames: the old file stays whole."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with writing(path, partial(temporary.unlink, missing_ok=True)):
         if isinstance(state, str) or path.suffix == ".json":
-            temporary.write_text(state if isinstance(state, str) else json.dumps(state, indent=2))
+            text = state if isinstance(state, str) else json.dumps(state, indent=2)
+            temporary.write_text(text, encoding="utf-8")
         else:
             torch.save(state, temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); make room, or use another folder") from None
 
 
 def load(path):
@@ -246,16 +330,7 @@ def check_same_model(cfg, config, path):
         require(other == getattr(cfg, name), f"{path}: was trained with --{name} {other}; use the same")
 
 
-def save_run(cfg, step, device, student, teacher, optimizer, **more):
-    """ckpt.pt, all that --resume needs. All processes call this; the first one writes."""
-    rng = gather([torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device.type == "cuda" else []))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        state = {"student": student.state_dict(), "teacher": teacher and teacher.state_dict(), "step": step}
-        state |= {"optimizer": optimizer.state_dict(), "config": asdict(cfg), "rng": rng}
-        save(Path(cfg.out, "ckpt.pt"), state | more)
-
-
-def load_run(cfg, rank, student, teacher, optimizer):
+def load_run(cfg, rank, student, teacher, optimizer, scaler):
     """With --resume, ckpt.pt of --out, loaded into all of these; {"step": 0} if there is none."""
     path = Path(cfg.out, "ckpt.pt")
     if not cfg.resume or not path.exists():
@@ -269,10 +344,17 @@ def load_run(cfg, rank, student, teacher, optimizer):
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, options):
         group |= own  # weight decay and betas of this command, not of the file
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     if rank < len(state["rng"]):
-        for source, value in zip((torch, torch.cuda), state["rng"][rank]):
+        for source, value in zip(random_states(next(student.parameters()).device), state["rng"][rank]):
             source.set_rng_state(value)
     return state
+
+
+def random_states(device):
+    """The modules of torch that hold the random state of a process."""
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
 
 
 # ---- the log ---------------------------------------------------------------------------------------------
@@ -286,6 +368,8 @@ class Log:
 
     def __init__(self, cfg, step, rank, device, unit):
         self.cfg, self.rank, self.device, self.unit, self.folder = cfg, rank, device, unit, Path(cfg.out)
+        for number in SIGNALS:
+            signal.signal(number, ask_to_stop)
         self.first, self.last, self.skipped, self.count = {}, {}, set(), 0
         self.scored = -1  # step of the last line with scores
         if rank == 0:
@@ -295,29 +379,35 @@ class Log:
         self.started = self.now - self.last.get("seconds", 0.0)
 
     def open_folder(self, step):
-        """Refuses a folder with a run unless resuming; drops the metrics after `step`, which come again."""
+        """Refuses a folder in use or, unless resuming, with a run; drops metrics after `step`."""
         metrics = self.folder / "metrics.jsonl"
         for path in (self.folder / "ckpt.pt", metrics, self.folder / "results.json"):
             new = self.cfg.resume or not path.exists() or path.stat().st_size == 0
             require(new, f"--out {self.folder}: holds a run; add --resume, or use another --out")
-        try:
+        with writing(f"--out {self.folder}", list):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be made ({error}); use another folder") from None
+            self.file = open(metrics, "ab+", buffering=0)  # noqa: SIM115  a line is on disk when it is written
+        try:
+            if fcntl:  # not on Windows; the lock ends with this process
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # others: a file system without locks
+            taken = error.errno in (errno.EAGAIN, errno.EACCES)
+            require(not taken, f"--out {self.folder}: a live process writes to it; use another --out")
         about = {"python": sys.version, "torch": torch.__version__, "command": " ".join(sys.argv)}
         save(self.folder / "config.json", asdict(self.cfg) | about)
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        lines = [json.loads(line) for line in lines if line.endswith("}")]
-        lines = [line for line in lines if line["step"] <= step]
-        save(metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
-        self.file = open(metrics, "a", buffering=1)  # noqa: SIM115  a line is on disk when it is written
+        self.file.seek(0)  # another opened and closed file would end the lock
+        lines = self.file.read().splitlines(True)
+        lines = list(
+            takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step, lines)
+        )
+        self.file.truncate(sum(map(len, lines)))
         for line in lines:
-            self.keep(line)
+            self.keep(json.loads(line))
 
     def keep(self, line):
         self.first = line if line["step"] == 0 else self.first
         self.scored = line["step"] if self.first.keys() <= line.keys() else self.scored
-        self.last = self.last | line
+        self.last = (self.last if self.last.get("step") == line["step"] else {}) | line
 
     def watch(self, batches):
         """Yields the batches; reports their skipped samples."""
@@ -326,11 +416,12 @@ class Log:
             yield batch
 
     def report(self, skipped):
-        """Names samples that were skipped, each once; those of other processes at the end."""
-        new = set(skipped) - self.skipped
-        self.skipped |= new
-        for line in sorted(new) if self.rank == 0 else ():
-            self.bar.write(f"skipped {line}")
+        """Names the first ten samples that were skipped, each once; those of other processes at the end."""
+        new = sorted(set(skipped) - self.skipped)
+        for number, line in enumerate(new if self.rank == 0 else (), len(self.skipped)):
+            if number <= 10:
+                self.bar.write(f"skipped {line}" if number < 10 else "skipped more; the end tells how many")
+        self.skipped |= set(new)
 
     def advance(self, count):
         """One step is done, with `count` units (a number or scalar tensor) in all processes."""
@@ -345,13 +436,14 @@ class Log:
         """A line of metrics.jsonl: metrics (numbers, scalar tensors) averaged over processes, and scores."""
         scores = scores or {}
         if metrics:
-            values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64).to(self.device)
-            metrics = dict(zip(metrics, (all_reduce(values) / len(gather(None))).tolist()))
+            values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64)
+            world = dist.get_world_size() if dist.is_initialized() else 1
+            metrics = dict(zip(metrics, (all_reduce(values) / world).tolist()))
             self.check_health(step, metrics)
             metrics[f"{self.unit}_per_s"] = float(self.count) / max(self.now - self.marked, 1e-9)
         if self.rank == 0:
             line = {"step": step} | metrics | {"seconds": time.time() - self.started} | scores
-            print(json.dumps(line), file=self.file)
+            self.append(line)
             self.keep(line)
             text = ", ".join(f"{name} {value:.4g}" for name, value in (scores or metrics).items())
             if self.bar.disable or scores:
@@ -360,6 +452,34 @@ class Log:
                 self.bar.set_postfix_str(text)
         self.marked, self.count = time.time(), 0
         self.started = self.started if step else self.marked
+
+    def append(self, line):
+        """A line of metrics.jsonl, whole or not at all."""
+        data, end = json.dumps(line).encode() + b"\n", self.file.seek(0, os.SEEK_END)
+        with writing(self.file.name, partial(self.file.truncate, end)):
+            if self.file.write(data) < len(data):
+                raise OSError("no space left")
+
+    def checkpoint(self, step, student, teacher, optimizer, scaler, **more):
+        """ckpt.pt, all that --resume needs, if it is due or a signal asks to stop, which then ends the run.
+        All processes call this after each step; the first one writes."""
+        stop = all_reduce(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX).item()
+        if not stop and not due(step, self.cfg.save_every, self.cfg.steps):
+            return
+        rng = gather([source.get_rng_state() for source in random_states(self.device)])
+        if self.rank == 0:
+            state = {
+                "student": student.state_dict(),
+                "teacher": teacher and teacher.state_dict(),
+                "step": step,
+            }
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng}
+            save(self.folder / "ckpt.pt", state | {"config": asdict(self.cfg)} | more)
+        if stop:
+            gather(None)  # until the first process has written
+            if self.rank == 0:
+                self.bar.write(f"{signal.Signals(stop).name}: saved at step {step}; go on with --resume")
+            raise Stopped(stop)
 
     def check_health(self, step, metrics):
         """Ends a run that has diverged or, from step guard_after on (-1: never), collapsed."""
@@ -380,6 +500,8 @@ class Log:
         seconds = last.get("seconds", time.time() - self.started)
         results = {"seconds": seconds, "peak_memory_gb": peak_memory_gb(self.device)}
         results |= {"final_loss": last.get("loss"), "skipped_files": len(self.skipped)}
+        if len(self.skipped) > 10:
+            print(f"skipped {len(self.skipped)} samples in all")
         print(f"step {last.get('step', 0)} after {seconds:.0f} s -> {self.folder}/results.json")
         for name in [name for name in self.first if name not in ("step", "seconds") and name in last]:
             results |= {f"{name}_start": self.first[name], f"{name}_end": last[name]}
@@ -388,9 +510,18 @@ class Log:
         save(self.folder / "results.json", results | more)
 
 
+def ask_to_stop(number, frame):
+    """Handles a signal: the run saves after the step it is in. A second Ctrl-C ends it at once."""
+    if number == signal.SIGINT and number in received:
+        raise KeyboardInterrupt
+    received.append(number)
+
+
 def peak_memory_gb(device):
-    """The largest memory of this process so far: the GPU's if it trains there, else resident memory."""
+    """The largest memory of this process so far: of a CUDA GPU, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return None
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / 2**20 / (1024 if sys.platform == "darwin" else 1)

@@ -7,6 +7,7 @@ python finetune.py --init BEST --eval_only --data DIR --valid test --beam 50 --l
 python finetune.py --init BEST --predict FILES                        # or sentences
 """
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -542,12 +543,12 @@ def layer_groups(cfg, model):
 
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="finetune")
-    rank, world, device, _ = processes = common.start_processes(cfg.device, cfg.dtype)
+    rank, world, device, _, scaler = processes = common.start_processes(cfg.device, cfg.dtype)
     require(cfg.beam or not cfg.lm, "--lm: needs the beam search; add --beam 50")
     require(not (cfg.beam and cfg.predict), "--beam: --predict is greedy, for the times; use --eval_only")
     require(not (cfg.resume and cfg.eval_only), "--eval_only: would change the run; use another --out")
     torch.manual_seed(cfg.seed)
-    task = choose_task(cfg, processes)
+    task = choose_task(cfg, processes[:4])
     if cfg.predict:
         return predict(task) if rank == 0 else None
     task.setup()
@@ -562,7 +563,7 @@ def main():
             model.encoder.embed.content[part].requires_grad_(False)
     optimizer = torch.optim.AdamW(layer_groups(cfg, model), cfg.lr, (0.9, cfg.beta2), task.eps, fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and drop path differ between processes
-    state = common.load_run(cfg, rank, model, None, optimizer)
+    state = common.load_run(cfg, rank, model, None, optimizer, scaler)
     step, best, scores = state["step"], state.get("best", {}), {}
     before = (state["finetune"]["task"], state["classes"]) if step > 0 else (cfg.task, task.classes)
     require(before == (cfg.task, task.classes), f"--out {cfg.out}: a run of {before}; use another --out")
@@ -588,24 +589,27 @@ def main():
             rng = np.random.default_rng([cfg.seed, step, i * world + rank, 1])  # of mixup, erasing, masks
             ddp.require_backward_grad_sync = i == accumulation - 1
             micro_loss = task.loss(ddp, batch, rng) / size
-            (micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
+            scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = common.optimizer_step(optimizer, scaler, model, cfg.clip)
+        if grad_norm is None:  # float16 overflowed: this step again, at a smaller scale
+            step, loaded = step - 1, itertools.chain(micro_batches, loaded)
+            continue
 
         log.advance(size)
-        if not log.due(step):
-            continue
-        scores = task.evaluate() if due(step, cfg.probe_every, cfg.steps) else {}
-        log.write(step, {"loss": loss * world, "lr": common.lr_at(step, cfg), "grad_norm": grad_norm}, scores)
-        if scores and (not best or task.sign * (scores[task.metric] - best[f"best_{task.metric}"]) > 0):
-            best = {f"best_{name}": value for name, value in scores.items()} | {"best_step": step}
-            if rank == 0:
-                state = {"student": model.state_dict(), "teacher": None, "step": step} | about | task.extra
-                common.save(Path(cfg.out, "best.pt"), state)
-        if due(step, cfg.save_every, cfg.steps):
-            common.save_run(cfg, step, device, model, None, optimizer, best=best, **about, **task.extra)
+        if log.due(step):
+            scores = task.evaluate() if due(step, cfg.probe_every, cfg.steps) else {}
+            log.write(
+                step, {"loss": loss * world, "lr": common.lr_at(step, cfg), "grad_norm": grad_norm}, scores
+            )
+            if scores and (not best or task.sign * (scores[task.metric] - best[f"best_{task.metric}"]) > 0):
+                best = {f"best_{name}": value for name, value in scores.items()} | {"best_step": step}
+                if rank == 0:
+                    state = (
+                        {"student": model.state_dict(), "teacher": None, "step": step} | about | task.extra
+                    )
+                    common.save(Path(cfg.out, "best.pt"), state)
+        log.checkpoint(step, model, None, optimizer, scaler, best=best, **about, **task.extra)
     log.finish(examples=len(task.train), **(scores or task.evaluate()), **best)
 
 

@@ -5,7 +5,7 @@ python train_speech.py --preset digits --data DIR                       # DIR/{t
 torchrun --nproc_per_node=8 train_speech.py --preset base --data DIR    # LibriSpeech: DIR/{train,dev}-*/
 """
 
-import math
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -156,7 +156,7 @@ def micro_batch_count(cfg: Config, world: int) -> int:
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="speech")
     common.check_sizes(cfg)
-    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
+    rank, world, device, autocast, scaler = common.start_processes(cfg.device, cfg.dtype)
     accumulation = micro_batch_count(cfg, world)
     train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, cfg.min_seconds, show=rank == 0)
 
@@ -169,7 +169,7 @@ def main():
         student.parameters(), cfg.lr, (0.9, cfg.beta2), eps=1e-6, weight_decay=cfg.weight_decay, fused=True
     )
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and layer drop differ between processes
-    step = common.load_run(cfg, rank, student, teacher, optimizer)["step"]
+    step = common.load_run(cfg, rank, student, teacher, optimizer, scaler)["step"]
     if cfg.init and step == 0:
         convert.init_run(cfg, student, teacher)
     log = common.Log(cfg, step, rank, device, "audio_s")
@@ -210,23 +210,22 @@ def main():
                 layers = teacher.from_embedded(x, valid_frames)
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D), of all frames
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=cfg.dim**-0.5) / num_masked
-            (micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
+            scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
-        optimizer.step()
+        grad_norm = common.optimizer_step(optimizer, scaler, student, cfg.clip)
+        if grad_norm is None:  # float16 overflowed: this step again, at a smaller scale
+            step, loaded = step - 1, itertools.chain(micro_batches, loaded)
+            continue
         teacher.update(student.encoder, tau)
         # ---- end of data2vec
-        optimizer.zero_grad()
 
         log.advance(samples / audio.RATE)
-        if not log.due(step):
-            continue
-        metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
-        metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
-        probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
-        log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
-        if due(step, cfg.save_every, cfg.steps):
-            common.save_run(cfg, step, device, student, teacher, optimizer)
+        if log.due(step):
+            metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
+            metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
+            probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
+            log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
+        log.checkpoint(step, student, teacher, optimizer, scaler)
     log.finish()
 
 

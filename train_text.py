@@ -5,7 +5,7 @@ python train_text.py --preset corpus --data DIR                       # DIR: wri
 torchrun --nproc_per_node=16 train_text.py --preset base --data DIR   # Books + Wikipedia
 """
 
-import math
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -133,7 +133,7 @@ def draw_mask(cfg: Config, vocabulary, ids, rng):
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="text")
     common.check_sizes(cfg)
-    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
+    rank, world, device, autocast, scaler = common.start_processes(cfg.device, cfg.dtype)
     accumulation = common.accumulation_steps(cfg.global_batch, cfg.micro_batch, world)
     train, valid, vocabulary = text.open_data(cfg.data)
     train, valid = text.Blocks(train, cfg.max_tokens), text.Blocks(valid, cfg.max_tokens)
@@ -147,7 +147,7 @@ def main():
     )
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout differs between processes
     spelled = vocabulary.spell()
-    state = common.load_run(cfg, rank, student, teacher, optimizer)
+    state = common.load_run(cfg, rank, student, teacher, optimizer, scaler)
     step = state["step"]
     common.require(
         state.get("vocabulary", spelled) == spelled, f"--data {cfg.data}: not this run's vocabulary"
@@ -191,23 +191,22 @@ def main():
                 micro_loss = F.cross_entropy(f.float(), tokens[mask], reduction="sum") / num_masked
             else:
                 micro_loss = regression_loss(f, y[mask], cfg.beta, scale=1.0) / num_masked
-            (micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
+            scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
-        optimizer.step()
+        grad_norm = common.optimizer_step(optimizer, scaler, student, cfg.clip)
+        if grad_norm is None:  # float16 overflowed: this step again, at a smaller scale
+            step, loaded = step - 1, itertools.chain(micro_batches, loaded)
+            continue
         teacher.update(student.encoder, tau)
         # ---- end of data2vec
-        optimizer.zero_grad()
 
         log.advance(num_tokens)
-        if not log.due(step):
-            continue
-        metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
-        metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
-        probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
-        log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
-        if due(step, cfg.save_every, cfg.steps):
-            common.save_run(cfg, step, device, student, teacher, optimizer, vocabulary=spelled)
+        if log.due(step):
+            metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
+            metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
+            probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
+            log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
+        log.checkpoint(step, student, teacher, optimizer, scaler, vocabulary=spelled)
     log.finish()
 
 

@@ -5,7 +5,7 @@ python train_vision.py --preset cifar10 --data DIR                      # DIR/{t
 torchrun --nproc_per_node=8 train_vision.py --preset base --data DIR    # ViT-B/16 on ImageNet-1K
 """
 
-import math
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -133,7 +133,7 @@ def draw_mask(cfg: Config, rng):
 def main():
     cfg = common.parse(Config, PRESETS, __doc__, family="vision")
     common.check_sizes(cfg)
-    rank, world, device, autocast = common.start_processes(cfg.device, cfg.dtype)
+    rank, world, device, autocast, scaler = common.start_processes(cfg.device, cfg.dtype)
     accumulation = common.accumulation_steps(cfg.global_batch, cfg.micro_batch, world)
     train, val = images.open_data(cfg.data)
 
@@ -147,7 +147,7 @@ def main():
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and drop path differ between processes
-    step = common.load_run(cfg, rank, student, teacher, optimizer)["step"]
+    step = common.load_run(cfg, rank, student, teacher, optimizer, scaler)["step"]
     if cfg.init and step == 0:
         convert.init_run(cfg, student, teacher)
     log = common.Log(cfg, step, rank, device, "images")
@@ -184,23 +184,22 @@ def main():
                 )  # (B, T, D), of all patches
                 f, _, _ = ddp(view, mask)  # (M, D), from the visible patches
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=1 / cfg.dim) / num_masked
-            (micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
+            scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
-        optimizer.step()
+        grad_norm = common.optimizer_step(optimizer, scaler, student, cfg.clip)
+        if grad_norm is None:  # float16 overflowed: this step again, at a smaller scale
+            step, loaded = step - 1, itertools.chain(micro_batches, loaded)
+            continue
         teacher.update(student.encoder, tau)
         # ---- end of data2vec
-        optimizer.zero_grad()
 
         log.advance(cfg.global_batch)
-        if not log.due(step):
-            continue
-        metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
-        metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
-        probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
-        log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
-        if due(step, cfg.save_every, cfg.steps):
-            common.save_run(cfg, step, device, student, teacher, optimizer)
+        if log.due(step):
+            metrics = {"loss": loss * world, "target_std": feature_std(y[mask]), "pred_std": feature_std(f)}
+            metrics |= {"masked": mask.float().mean(), "tau": tau, "lr": lr, "grad_norm": grad_norm}
+            probe_now = rank == 0 and due(step, cfg.probe_every, cfg.steps)
+            log.write(step, metrics, evaluate(student, teacher) if probe_now else {})
+        log.checkpoint(step, student, teacher, optimizer, scaler)
     log.finish()
 
 

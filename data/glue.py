@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import UserError, require, run
+from common import UserError, first_process, require, run
 from data.download import download
 from data.text import BOS, EOS, PAD
 
@@ -106,7 +106,7 @@ def read_examples(path, task):
         else:
             skipped.append(str(row)[:200])
     require(examples, f"{path}: no row can be used: {skipped[:1]}")
-    if skipped and os.environ.get("LOCAL_RANK", "0") == "0":
+    if skipped and first_process():
         print(f"{path}: skipped {len(skipped)} rows, the first is {skipped[0]}", file=sys.stderr)
     return examples
 

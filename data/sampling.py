@@ -1,9 +1,12 @@
 """Which samples make a batch: functions of (seed, epoch, step), for any number of processes or workers."""
 
 import functools
+import signal
 
 import numpy as np
 import torch
+
+from common import SIGNALS
 
 
 @functools.lru_cache(maxsize=2)  # two, for a batch that spans epochs
@@ -51,7 +54,12 @@ def label_subset(labels, fraction: float, seed: int) -> np.ndarray:
 
 def loader(dataset, keys, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
     """Batches dataset[key] for each of the keys, loaded by `workers` processes ahead of time."""
-    pin_memory, rng = device.type == "cuda", torch.Generator()  # a generator of its own leaves torch's alone
-    return torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=keys, num_workers=workers, pin_memory=pin_memory, generator=rng
-    )
+    options = {"pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
+    options["generator"] = torch.Generator()  # of its own, which leaves torch's alone
+    return torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers, **options)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a worker: the training process decides when to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -158,15 +159,20 @@ def fork_two(script, *flags, logs, prepare=None):
             process.kill()  # if it hangs
 
 
-def kill_after_step(step):
-    """This process is killed (kill -9) when a run has written the metrics of that step."""
+def send_after_step(step, number=signal.SIGKILL, rank="0"):
+    """A process sends itself this signal when its run has written the metrics of that step."""
 
     def write(self, now, *rest, real=common.Log.write):
         real(self, now, *rest)
-        if now == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if now == step and os.environ.get("RANK", "0") == rank:
+            os.kill(os.getpid(), number)
 
     common.Log.write = write
+
+
+def limit_files(size):
+    """No file of this process can have more bytes, as if the disk were full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 # ---- what it left ----------------------------------------------------------------------------------------

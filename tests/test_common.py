@@ -100,10 +100,61 @@ def test_exit_status(capsys, monkeypatch):
     for where in ("", "Caught UserError in worker\n  line 3\ncommon.UserError: "):
         status = end(capsys, lambda where=where: common.require(False, f"{where}x.pt: gone"))
         assert status == (2, "toy.py: x.pt: gone\n")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert end(capsys, lambda: common.require(False, "x.pt: gone")) == (2, ""), "one line a machine"
+    monkeypatch.setenv("RANK", "1")
+    assert end(capsys, lambda: common.require(False, "x.pt: gone"))[1], "RANK alone is no process group"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    assert end(capsys, lambda: common.require(False, "x.pt: gone")) == (2, ""), "one line for all processes"
     with pytest.raises(ZeroDivisionError):
         common.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "names", ["WORLD_SIZE", "SLURM_NTASKS", "RANK", "RANK MASTER_ADDR", "RANK WORLD_SIZE"]
+)
+def test_half_a_process_group_is_refused(capsys, monkeypatch, names):
+    for name in names.split():
+        monkeypatch.setenv(name, "4")
+    status, line = end(capsys, lambda: common.start_processes("cpu", "auto"))
+    assert status == 2 and line.startswith(f"toy.py: {names.split()[0]} is ") and "torchrun" in line
+
+
+def test_one_process_alone(monkeypatch):
+    for name, value in {"WORLD_SIZE": "1", "SLURM_NTASKS": "1", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    rank, world, device, autocast, scaler = common.start_processes("cpu", "float16")
+    assert (rank, world, device) == (0, 1, CPU) and scaler.is_enabled()
+    assert autocast.fast_dtype == torch.float16 and not common.start_processes("cpu", "auto")[4].is_enabled()
+    with pytest.raises(UserError, match="--device mps: torch finds no such device; use --device"):
+        common.start_processes("mps", "auto")
+
+
+GPUS = {(9, 0): "bfloat16", (8, 6): "bfloat16", (7, 5): "float16", (7, 0): "float16", (6, 1): "float32"}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_auto_dtype_of_a_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: (*args, options["enabled"]))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: enabled)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    _, _, device, autocast, scaled = common.start_processes("auto", "auto")
+    name = GPUS[capability]
+    assert device == torch.device("cuda", 1) and scaled == (name == "float16")
+    assert autocast[2] == (name != "float32") and (not autocast[2] or autocast[1] == getattr(torch, name))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="2 GPUs; use --nproc_per_node=2"):
+        common.start_processes("cuda", "auto")
+
+
+def test_a_restart_by_torchrun_resumes(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not parse().resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert parse().resume
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "tri_stage"])
@@ -167,19 +218,22 @@ def test_what_is_no_checkpoint_is_one_line_and_never_run():
 
 def train(cfg, resumed_at=0):
     """A toy run with dropout: trains to cfg.steps -> all that must not depend on where it was resumed."""
-    os.makedirs(cfg.out, exist_ok=True)
     torch.manual_seed(resumed_at)  # a new process starts from other weights and random numbers
     student = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
     teacher = Teacher(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr)
-    step = common.load_run(cfg, 0, student, teacher, optimizer)["step"]
+    optimizer, scaler = (
+        torch.optim.AdamW(student.parameters(), lr=cfg.lr),
+        torch.amp.GradScaler(enabled=False),
+    )
+    step = common.load_run(cfg, 0, student, teacher, optimizer, scaler)["step"]
     assert step == resumed_at
     for x in torch.arange(4 * cfg.steps).view(-1, 4).float().sin()[step:]:
         optimizer.zero_grad()
         student(x).square().sum().backward()
         optimizer.step()
         teacher.update(student, 0.9)
-    common.save_run(cfg, cfg.steps, CPU, student, teacher, optimizer)
+    log = common.Log(cfg, step, 0, CPU, "images")
+    log.checkpoint(cfg.steps, student, teacher, optimizer, scaler)
     assert optimizer.param_groups[0]["lr"] == cfg.lr
     moments = optimizer.state[student[0].weight].values()
     return [*student.parameters(), *teacher.parameters(), *moments, torch.rand(3)]
@@ -228,3 +282,27 @@ def test_the_log_goes_on_after_the_checkpoint(capsys):
     expected = {"final_loss": 0.3, "probe_start": 0.1, "probe_end": 0.7, "accuracy": 0.9}
     assert expected.items() <= results.items() and 0.05 < results["peak_memory_gb"] < 64
     assert capsys.readouterr().out.count("skipped x.png: broken\n") == 1
+
+
+def test_files_that_are_skipped_are_summed_up(capsys):
+    log = common.Log(parse("--out a"), 0, 0, CPU, "images")
+    names = [f"{number:03}.png: broken" for number in range(40)]
+    log.report(names[:8])
+    log.report(names[:30])
+    log.report(names)
+    log.finish()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    assert len(lines) == 12 and lines[9] == "skipped 009.png: broken" and "40" in lines[-1]
+    assert json.loads(Path("a/results.json").read_text())["skipped_files"] == 40
+
+
+def test_scores_that_are_no_longer_measured_are_no_result():
+    """A run is resumed on data without labels."""
+    log = common.Log(parse("--out a"), 0, 0, CPU, "images")
+    for step, probe in ((0, 0.1), (3, 0.5)):
+        log.write(step, {"loss": 2.0} if step else {}, {"explained_variance": 0.0, "probe": probe})
+    log = common.Log(parse("--out a --resume"), 3, 0, CPU, "images")
+    log.write(4, {"loss": 1.0}, {"explained_variance": 0.2})
+    log.finish()
+    results = json.loads(Path("a/results.json").read_text())
+    assert results["explained_variance_end"] == 0.2 and "probe_end" not in results

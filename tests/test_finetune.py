@@ -106,7 +106,7 @@ def test_an_easy_task_is_learned_and_results_say_so(learned):
 def test_both_checkpoints_hold_all_that_is_needed_to_use_them(learned):
     folder, data = learned
     last, best = checkpoint(folder), checkpoint(folder, "best.pt")
-    assert last.keys() - best.keys() == {"optimizer", "rng", "best"} and best["teacher"] is None
+    assert last.keys() - best.keys() == {"optimizer", "scaler", "rng", "best"} and best["teacher"] is None
     assert (last["step"], best["step"]) == (40, results(folder)["best_step"])
     assert (best["classes"], best["task"], best["finetune"]["task"]) == (["blue", "red"], "images", "images")
     for name in ("ckpt.pt", "best.pt"):

@@ -1,6 +1,8 @@
 """A run that is killed and resumed, split over processes or micro-batches, or has workers is the same run."""
 
 import multiprocessing
+import os
+import signal
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import train_text
 import train_vision
 from model import Encoder
 from tests import helpers
-from tests.helpers import FAST, TINY, assert_same, call, checkpoint, done, results, rows
+from tests.helpers import FAST, TINY, assert_same, call, checkpoint, done, refused, results, rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,8 +82,12 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(loop, tmp_path
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log.txt"
     flags = [*loop.flags, *loop.random.split(), "--steps", 8, "--save_every", 3, "--probe_every", 3]
     done(call(loop.script, *flags, "--out", whole))
-    kill = partial(helpers.kill_after_step, 5)
-    process = helpers.fork(loop.script, *flags, "--out", cut, log=log, prepare=kill)
+    stop, kill = partial(helpers.send_after_step, 1, signal.SIGTERM), partial(helpers.send_after_step, 5)
+    process = helpers.fork(loop.script, *flags, "--out", cut, log=log, prepare=stop)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM, log.read_text()
+    assert "SIGTERM: saved at step 1; go on with --resume" in log.read_text()
+    process = helpers.fork(loop.script, "--out", cut, "--resume", log=log, prepare=kill)
     process.join()
     assert process.exitcode == -9, log.read_text()
     assert checkpoint(cut)["step"] == 3 and rows(cut)[-1]["step"] == 5
@@ -180,3 +186,126 @@ def test_workers_load_the_same_however_they_start(loop, tmp_path):
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert helpers.timeless(tmp_path / "run") == helpers.timeless(loop.single)
+
+
+# ---- signals, a folder in use, a full disk ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_all_processes_stop_and_save_when_one_is_told_to(data, tmp_path, number):
+    flags = [
+        *TINY["vision"],
+        "--data",
+        data / "vision",
+        "--workers",
+        1,
+        "--steps",
+        1000,
+        "--out",
+        tmp_path / "run",
+    ]
+    logs, tell = [tmp_path / "0", tmp_path / "1"], partial(helpers.send_after_step, 2, number, rank="1")
+    ends = helpers.fork_two(train_vision, *flags, logs=logs, prepare=tell)
+    assert ends == 2 * [128 + number], [log.read_text() for log in logs]
+    assert checkpoint(tmp_path / "run")["step"] in (2, 3)
+    assert logs[0].read_text().count("saved at step") == 1 and logs[1].read_text() == ""
+
+
+def press_twice():
+    for _ in range(2):
+        helpers.send_after_step(2, signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(data, tmp_path):
+    flags = [*TINY["vision"], "--data", data / "vision", "--steps", 1000, "--out", tmp_path / "run"]
+    process = helpers.fork(train_vision, *flags, log=tmp_path / "log", prepare=press_twice)
+    process.join()
+    assert process.exitcode == 130 and not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_two_runs_in_one_folder(data, tmp_path):
+    flags = ["--data", data / "vision", "--save_every", 1, "--steps", 1000, "--out", tmp_path / "run"]
+    wait = partial(helpers.send_after_step, 2, signal.SIGSTOP)
+    process = helpers.fork(train_vision, *TINY["vision"], *flags, log=tmp_path / "log", prepare=wait)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or '"step": 2,' not in metrics.read_text():
+            process.join(0.1)
+        line = refused(call(train_vision, *TINY["vision"], *flags, "--resume"))
+    finally:
+        process.kill()
+        process.join()
+    assert "run: a live process writes to it" in line
+    done(call(train_vision, *flags, "--resume", "--steps", 3))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [700, 2000, 40_000])  # bytes: config.json, metrics.jsonl, ckpt.pt do not fit
+def test_a_full_disk_is_one_line_and_keeps_what_there_was(data, tmp_path, size):
+    flags = ["--data", data / "vision", "--steps", 9, "--save_every", 4, "--out", tmp_path / "run"]
+    done(call(train_vision, *TINY["vision"], *flags, "--steps", 2))
+    before, whole = checkpoint(tmp_path / "run"), sorted(os.listdir(tmp_path / "run"))
+    log, full = tmp_path / "log", partial(helpers.limit_files, size)
+    process = helpers.fork(train_vision, *flags, "--resume", log=log, prepare=full)
+    process.join()
+    assert process.exitcode == 2 and log.read_text().splitlines()[-1].startswith("train_vision.py: "), (
+        log.read_text()
+    )
+    assert "Traceback" not in log.read_text() and "make room" in log.read_text()
+    assert_same(before, checkpoint(tmp_path / "run"))
+    assert sorted(os.listdir(tmp_path / "run")) == whole
+    done(call(train_vision, *flags, "--resume"))
+
+
+# ---- float16 ---------------------------------------------------------------------------------------------
+
+
+REAL_SCALER = torch.amp.GradScaler
+
+
+def start_at(scale, killed=None):
+    torch.amp.GradScaler = partial(REAL_SCALER, init_scale=scale)
+    if killed:
+        helpers.send_after_step(killed)
+
+
+def test_float16(loop, monkeypatch, tmp_path):
+    """Updates that overflow move nothing but the scale, which a resumed run and all processes share."""
+    monkeypatch.setattr(torch.amp, "GradScaler", REAL_SCALER)  # puts it back
+    flags = [*loop.flags, *loop.split.split(), "--dtype", "float16", "--steps", 4, "--save_every", 2, "--out"]
+    start_at(2.0**60)
+    done(call(loop.script, *flags, tmp_path / "large"))
+    scale = checkpoint(tmp_path / "large")["scaler"]["scale"]
+    assert scale < 2**60
+    start_at(scale)
+    done(call(loop.script, *flags, tmp_path / "fits"))
+    kill = partial(start_at, 2.0**60, killed=3)
+    process = helpers.fork(loop.script, *flags, tmp_path / "killed", log=tmp_path / "log", prepare=kill)
+    process.join()
+    done(call(loop.script, "--out", tmp_path / "killed", "--resume"))
+    expected = checkpoint(tmp_path / "large")
+    for part in ("student", "teacher", "optimizer", "rng", "step"):
+        assert_same(checkpoint(tmp_path / "killed")[part], expected[part])
+        assert_same(
+            checkpoint(tmp_path / "fits")[part], expected[part], atol=1e-6
+        )  # some steps at another scale
+    assert helpers.timeless(tmp_path / "killed") == helpers.timeless(tmp_path / "large")
+    logs, start = [tmp_path / "0", tmp_path / "1"], partial(start_at, 2.0**60)
+    ends = helpers.fork_two(loop.script, *flags, tmp_path / "two", logs=logs, prepare=start)
+    assert ends == [0, 0], [log.read_text() for log in logs]
+    assert checkpoint(tmp_path / "two")["scaler"]["scale"] in (
+        scale,
+        scale / 2,
+    )  # DDP halves the gradients later
+    for row, other in zip(rows(tmp_path / "two"), rows(tmp_path / "large"), strict=True):
+        assert row.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-2)
+
+
+def test_float16_without_a_scale_that_fits_ends_the_run(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda weights, clip: [w.grad.fill_(torch.inf) for w in weights]
+    )
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", lambda self, optimizer: None)
+    flags = [*TINY["vision"], "--data", data / "vision", "--dtype", "float16", "--out", tmp_path / "run"]
+    code, _, err = call(train_vision, *flags)
+    assert code == 1 and "diverged" in err and [row["step"] for row in rows(tmp_path / "run")] == [0]

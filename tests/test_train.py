@@ -75,7 +75,7 @@ def test_a_run_leaves_a_config_metrics_a_checkpoint_and_results(finished, kind):
     assert config["dim"] == 16 and config["preset"] == "smoke" and "--dim 16" in config["command"]
     state = checkpoint(finished[kind])
     vocabulary = {"vocabulary"} if kind == "text" else set()
-    assert state.keys() == {"student", "teacher", "optimizer", "step", "config", "rng"} | vocabulary
+    assert state.keys() == {"student", "teacher", "optimizer", "scaler", "step", "config", "rng"} | vocabulary
     assert state["step"] == 12 and state["config"]["dim"] == 16 and len(state["rng"]) == 1
     assert {name for name in state["student"] if name.startswith("encoder.")} == state["teacher"].keys()
     matrices = sum(name.endswith(".weight") and "norm" not in name for name in state["student"])

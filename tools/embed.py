@@ -74,12 +74,12 @@ def main():
     add("--network", default="student", choices=("student", "teacher"), help="fine-tuned: student alone")
     add("--pool", default="mean", choices=("mean", "none"), help="mean of an input's positions, or all")
     add("--batch_size", type=int, default=16, help="images or lines at once; recordings go one by one")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
-    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16"), help="of the computation")
+    add("--device", default="auto", choices=common.DEVICES, help="auto: the GPU if there is one")
+    add("--dtype", default="float32", choices=common.DTYPES, help="of the computation")
     args = parser.parse_args()
     new = args.out.parent.is_dir() and not args.out.exists() and args.out.suffix == ".npy"
     common.require(new, f"--out {args.out}: must be a new .npy file, in a folder that exists")
-    _, _, device, autocast = common.start_processes(args.device, args.dtype)
+    _, _, device, autocast, _ = common.start_processes(args.device, args.dtype)
     kind, cfg, vocabulary, encoder = open_encoder(args.init, args.network, args.layer, device)
     found = [pair for place in args.inputs for pair in find(place, kind)]
     rows, reasons, batch = [torch.empty(0, encoder.dim)] * len(found), [""] * len(found), {}

@@ -189,7 +189,8 @@ def explained_variance(batches, by_position):
     batches: f (M, D), y (B, T, D), mask (B, T). by_position: a mean of each position, which then earns 0.
     """
     count = total = masked_count = masked_total = squares = residual = 0.0
-    for f, y, mask in batches:
+    for batch in batches:
+        f, y, mask = (x.cpu() for x in batch)  # Apple's GPUs have no float64
         y = y.double()
         residual += (f.double() - y[mask]).square().sum().item()
         squares += y[mask].square().sum().item()
@@ -211,7 +212,7 @@ def position_r2(batches, max_tokens):
     """
     count = total = squares = 0.0
     for y, valid in batches:
-        padding = max_tokens - y.shape[1]
+        y, valid, padding = y.cpu(), valid.cpu(), max_tokens - y.shape[1]
         y = F.pad(y.double() * valid[..., None], (0, 0, 0, padding))
         count = count + F.pad(valid.double(), (0, padding)).sum(0)[:, None]  # (T, 1)
         total = total + y.sum(0)  # (T, D)
