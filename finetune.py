@@ -215,7 +215,7 @@ class Task:
 
     def __init__(self, cfg, state, processes):
         self.cfg, self.state, self.skipped, self.extra = cfg, state, [], {}
-        self.rank, self.world, self.device, self.autocast = processes
+        self.rank, self.world, self.device, self.autocast, *_ = processes
         self.tuned = state.get("classes") if state.get("task") == self.kind else None
         self.vocabulary = text.Vocabulary.parse(state["vocabulary"]) if "vocabulary" in state else None
 
@@ -548,7 +548,7 @@ def main():
     require(not (cfg.beam and cfg.predict), "--beam: --predict is greedy, for the times; use --eval_only")
     require(not (cfg.resume and cfg.eval_only), "--eval_only: would change the run; use another --out")
     torch.manual_seed(cfg.seed)
-    task = choose_task(cfg, processes[:4])
+    task = choose_task(cfg, processes)
     if cfg.predict:
         return predict(task) if rank == 0 else None
     task.setup()
