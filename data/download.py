@@ -1,10 +1,13 @@
-"""Downloads: to NAME.part, continued after a break, then renamed; the md5 is checked."""
+"""Downloads: to NAME.part, continued after a break, then renamed; the md5 is checked. Files written whole."""
 
 import hashlib
 import os
 import shutil
 import urllib.request
+from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -46,3 +49,15 @@ def md5_of(path):
         for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def whole(path):
+    """Yields where to write a new file or folder, which moves to `path` at the end. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error}); make room, or use another folder") from None

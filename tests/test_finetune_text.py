@@ -129,7 +129,7 @@ def test_steps_and_batches_of_the_paper_follow_from_the_task(finished, monkeypat
     names |= {"SST-2": 20_935, "STS-B": 3598, "mine": 13}
     examples = [(("a",), 0)] * 40
     for name, steps in names.items():
-        spec = glue.TASKS.get(name, glue.TASKS["STS-B"])
+        spec = glue.TASKS.get(name, glue.Task((), ("pearson",)))
         monkeypatch.setattr(glue, "open_task", lambda *_, **__: (spec, {"train": examples, "dev": examples}))  # noqa: B023
         init = {"task": name, "init": str(finished["text"] / "ckpt.pt")}
         cfg = finetune.Config(**finetune.PRESETS["glue"] | init)

@@ -17,6 +17,7 @@ import train_speech
 import train_text
 import train_vision
 from data import audio, images, text
+from data.download import whole
 from tools import convert
 
 SCRIPTS = {"vision": train_vision, "speech": train_speech, "text": train_text}
@@ -101,8 +102,9 @@ def main():
     ends = np.cumsum([0, *map(len, rows)]).tolist()
     common.require(ends[-1], f"{args.inputs[0]}: no input can be used; see what is skipped above")
     lines = [f"{ends[i]}\t{ends[i + 1]}\t{name}\t{reasons[i]}\n" for i, (name, _) in enumerate(found)]
-    common.save(args.out.with_suffix(".tsv"), "first\tend\tinput\tskipped\n" + "".join(lines))
-    np.save(args.out, torch.cat(rows).numpy())
+    with whole(args.out) as path:
+        np.save(path, torch.cat(rows).numpy())
+        common.save(args.out.with_suffix(".tsv"), "first\tend\tinput\tskipped\n" + "".join(lines))
     print(f"{args.out}: layer {len(encoder.blocks)}, {len(found)} inputs, {sum(map(bool, reasons))} skipped")
 
 
