@@ -479,17 +479,15 @@ class Sentences(Task):
             cfg.global_batch = cfg.global_batch or self.spec.batch
             cfg.steps = cfg.steps or self.spec.steps or math.ceil(10 * len(self.train) / cfg.global_batch)
 
-    def logits(self, network, batch):
-        return self.call(network, batch["tokens"]).float()[:, self.order]
-
     def loss(self, network, batch, rng):
-        logits, labels = self.logits(network, batch), batch["labels"].to(self.device)
+        logits = self.call(network, batch["tokens"]).float()[:, self.order]
+        labels = batch["labels"].to(self.device)
         if self.spec.classes:
             return F.cross_entropy(logits, labels.long(), reduction="sum")
         return F.mse_loss(logits[:, 0], labels, reduction="sum")
 
     def pairs(self, key, batch):
-        logits = self.logits(self.model, batch)
+        logits = self.call(self.model, batch["tokens"]).float()[:, self.order]
         guesses = logits.argmax(1) if self.spec.classes else logits[:, 0]
         return zip(guesses.tolist(), batch["labels"].tolist())
 

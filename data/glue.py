@@ -2,8 +2,8 @@
 
     python -m data.glue --out DIR          downloads GLUE's tasks to DIR/TASK/{train,dev}.tsv
 
-A task is a folder with train and one of HELD_OUT, as GLUE has them (.tsv, no quoting), as they are exported
-from the hub, or your own: .csv or .tsv with a column of LABELS and those of a row of COLUMNS.
+A task is a folder with train and one of HELD_OUT, .tsv (no quoting) or .csv: GLUE's files, the hub's, or your
+own, with a column of LABELS and those of a row of COLUMNS. Names of classes match in any case.
 """
 
 import argparse
@@ -94,12 +94,11 @@ def read_table(path):
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline().strip("\r\n").split("\t")
             file.seek(0)
-            style = {"delimiter": "\t"} if tabs else {"strict": True}
-            if tabs and "idx" not in first:  # GLUE's own, not of the hub: a quote is any character
-                style["quoting"] = csv.QUOTE_NONE
+            quoted = not tabs or "idx" in first  # the hub's .tsv; in GLUE's own a quote is any character
+            style = {"strict": True} if quoted else {"quoting": csv.QUOTE_NONE}
             if path.parent.name.lower() == "cola" and tabs and "label" not in first:  # has no header
                 style["fieldnames"] = ["source", "label", "mark", "sentence"]
-            reader = csv.DictReader(file, **style)
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", **style)
             rows, header = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}; it must be UTF-8, and .csv with matching quotes") from None
@@ -124,16 +123,17 @@ def own_task(path, names):
 def output_order(task, names, assume):
     """Outputs of a head with these names in the order of the task's classes; [] if it has other classes.
 
-    assume: if one of them has numbers 0 .. for names, these count the classes of the other.
+    assume: numbers 0 .. instead of names, on one side, count the classes of the other.
     """
-    classes = list(task.classes) or ["score"]
-    places, index = list(range(len(classes))), task.index() or {"score": 0}
-    found = [index.get(name.lower(), -1) for name in names]  # class of each output
-    if sorted(found) != places and assume and len(names) == len(places):
-        found = places if list(map(str, places)) in (names, classes) or not task.classes else []
-    if sorted(found) == places and names != classes:
+    classes, index = list(task.classes) or ["score"], task.index() or {"score": 0}
+    places, found = list(range(len(classes))), [index.get(name.lower(), -1) for name in names]
+    if assume and sorted(found) != places and list(map(str, range(len(names)))) in (names, classes):
+        found = list(range(len(names)))
+    if sorted(found) != places:
+        return []
+    if names != classes:
         tell("classes: " + ", ".join(f"{name} of the file is {classes[i]}" for name, i in zip(names, found)))
-    return [found.index(i) for i in places] if sorted(found) == places else []
+    return [found.index(i) for i in places]
 
 
 def read_examples(path, task):
@@ -149,7 +149,8 @@ def read_examples(path, task):
             examples.append((tuple(sentences), labels[label]))
         else:
             skipped.append(str(row)[:200])
-    require(examples, f"{path}: no row can be used: {skipped[:1]}")
+    usable = {label for _, label in examples} - {-1.0}  # the hub's scores of tests, which are secret
+    require(usable, f"{path}: no row can be used: {skipped[:1]}")
     if skipped:
         tell(f"{path}: skipped {len(skipped)} rows, the first is {skipped[0]}")
     return examples

@@ -80,15 +80,16 @@ class Vocabulary:
         files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
         if "tokenizer.json" in files:
             about = json.loads(files["tokenizer.json"])
-            model, words = about["model"], about["pre_tokenizer"] or {"type": None}
-            wanted = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-            wanted |= {"model": "BPE", "normalizer": None}
-            given = wanted | words | {"model": model.get("type", "BPE"), "normalizer": about["normalizer"]}
+            wanted = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False, "normalizer": None}
+            given = wanted | (about["pre_tokenizer"] or {"type": None}) | {"normalizer": about["normalizer"]}
             other = [f"{name} {given[name]}" for name in wanted if given[name] != wanted[name]]
             if other:
                 raise ValueError(f"tokenizer.json has {', '.join(other)}; only RoBERTa's kind is known")
-            ids = model["vocab"] | {token["content"]: token["id"] for token in about["added_tokens"]}
-            merges = model["merges"]  # "a b", or in newer files ["a", "b"]
+            merges, ids = (
+                about["model"]["merges"],
+                about["model"]["vocab"],
+            )  # "a b", in newer files ["a", "b"]
+            ids |= {token["content"]: token["id"] for token in about["added_tokens"]}
         elif "vocab.json" in files:
             ids, merges = json.loads(files["vocab.json"]), files["merges.txt"].split("\n")
         else:
@@ -215,8 +216,7 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_every=100)
                     for line in document:
                         file.write(np.array(vocabulary.encode(line), vocabulary.dtype))
                     bounds.append(file.tell() // vocabulary.dtype.itemsize)
-            hint = "put blank lines between documents, or use --valid"
-            require(len(bounds) > 1, f"no text for {split}; {hint}")
+            require(len(bounds) > 1, f"no text for {split}; put blank lines between documents or use --valid")
             np.array(bounds, np.int64).tofile(folder / f"{split}.idx")
             meta[split] = {"documents": len(bounds) - 1, "tokens": bounds[-1]}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2), "utf-8")
@@ -315,9 +315,7 @@ def main():
     parser.add_argument("--valid", nargs="+", default=[], help="text files to hold out; else 1 %% of --input")
     parser.add_argument("--out", required=True, help="new folder, for --data of train_text.py")
     parser.add_argument("--vocab_size", type=int, default=8192, help="ids to learn; the paper has 50265")
-    parser.add_argument(
-        "--vocab", help="a known one: gpt2, or a folder with vocab.json and merges.txt, or tokenizer.json"
-    )
+    parser.add_argument("--vocab", help="gpt2, or a folder with vocab.json and merges.txt, or tokenizer.json")
     args = parser.parse_args()
     print(f"{args.out}:", prepare(args.input, args.out, args.vocab_size, args.vocab, args.valid))
 

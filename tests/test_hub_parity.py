@@ -344,7 +344,6 @@ def test_tokenizer_json_alone(tmp_path, form):
     for change, name in (
         ({"normalizer": {"type": "Lowercase"}}, "normalizer"), ({"pre_tokenizer": None}, "type None"),
         ({"pre_tokenizer": about["pre_tokenizer"] | {"add_prefix_space": True}}, "add_prefix_space True"),
-        ({"model": about["model"] | {"type": "Unigram"}}, "model Unigram"),
     ):  # fmt: skip
         path.write_text(json.dumps(about | change))
         with pytest.raises(UserError, match=f"no vocabulary .tokenizer.json has {name}"):

@@ -16,7 +16,7 @@ import torch
 
 from common import UserError
 from data import text as T
-from masking import bert_mask
+from masking import bert_mask, span_mask_tokens
 
 TALE = "the cat sat on a mat and then ran into the hat of that fat rat while the bat was at banana lane"
 
@@ -194,6 +194,11 @@ def test_robertas_files(tmp_path, mask_at):
     assert v.encode("hello wo") == [ids["hello"], ids["\u0120wo"]]
     assert T.Vocabulary.parse(v.spell()).mask == v.mask
     assert set(v.regular_ids) == set(range(len(ids))) - {*v.special.values(), ids["madeupword0000"]}
+    text, rng = np.array([0, *v.encode("hello wo " * 300), 2]), np.random.default_rng(0)
+    drawn, mask = bert_mask(text, v.regular_ids, v.mask, 1.0, rng)  # a tenth becomes random tokens
+    assert set(drawn[1:-1].tolist()) <= {*v.regular_ids, v.mask} and len(set(drawn.tolist())) > 40
+    assert mask.tolist() == [False, *[True] * (len(text) - 2), False]
+    assert span_mask_tokens(text, v.regular_ids, v.mask, 0.5, 4, rng)[0][[0, -1]].tolist() == [0, 2]
     del ids["q"]  # some vocabularies lack bytes
     assert T.open_vocabulary(write_vocabulary(tmp_path / "b", ids, names=names)).encode("q") == [3]
 
@@ -273,7 +278,8 @@ def test_prepare_refuses(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             T.prepare(**{"out": tmp_path / "out"} | args)
-    T.prepare([good], tmp_path / "out", 300)  # what the others left half made is no obstacle
+    assert sorted(os.listdir(tmp_path)) == ["good", "latin", "one"]
+    T.prepare([good], tmp_path / "out", 300)
     assert sorted(os.listdir(tmp_path)) == ["good", "latin", "one", "out"]
     (tmp_path / "out" / "train.bin").write_bytes(b"abcd")
     with pytest.raises(UserError, match="train.bin: does not fit"):

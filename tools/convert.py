@@ -56,7 +56,7 @@ def add_vocabulary(state: dict, path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).exists() for name in ("vocab", "tokenizer.json", "merges.txt", "vocab.bpe")):
         state["notes"].append(
-            f"no vocabulary in {folder}: put tokenizer.json, or vocab.json and merges.txt there"
+            f"{folder}: no vocabulary; put vocab.json and merges.txt, or tokenizer.json there"
         )
         return
     vocabulary, name = text.open_vocabulary(str(folder)), "encoder.embed.tokens.weight"

@@ -76,9 +76,6 @@ IMAGES = {"image_processor_type": "BeitImageProcessor", "do_center_crop": False}
 WAVES = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True}
 
 
-# ---- theirs -> ours --------------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict:
     """{} if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -111,7 +108,7 @@ def read(folder: Path) -> dict:
         require(given == value, f"{folder}: has {name} {given} in config.json; only {value} can be read")
     weights = {name.removeprefix(prefix): tensor for name, tensor in load_weights(folder).items()}
     student = rename(weights, encoder, head, NOT_USED, folder)
-    left = {name.partition(".")[0] for name in weights if re.fullmatch(NOT_USED, name)} - {"embeddings"}
+    left = {name.partition(".")[0] for name in weights if re.fullmatch(NOT_USED, name)}
     notes = [f"left out: {name}" for name in sorted(left)]
     prepared = read_json(folder / "preprocessor_config.json") | read_json(folder / "tokenizer_config.json")
     for name, value in (PIXELS | {"do_normalize": True} | WORDS).items():
@@ -129,8 +126,6 @@ def read(folder: Path) -> dict:
         tokens = student["encoder.embed.tokens.weight"]
         student["encoder.embed.tokens.weight"] = tokens + types[0]  # ours are all of the first type
         room = len(student["encoder.embed.positions.weight"]) - 2
-        if len(types) > 1:
-            notes.append("left out: types of tokens but the first")
         if prepared.get("model_max_length", room) < room:
             notes.append(f"model_max_length of its inputs is {prepared['model_max_length']}, of ours {room}")
     else:
@@ -146,9 +141,6 @@ def read(folder: Path) -> dict:
     config = about.get("data2vec", {}) | config  # the former is from write()
     state = {"student": student, "teacher": None, "config": config, "task": task, "classes": classes}
     return complete(state | {"origin": f"folder of transformers, {kind}", "notes": notes}, folder)
-
-
-# ---- ours -> theirs --------------------------------------------------------------------------------------
 
 
 def write(state: dict, folder: Path, network: str = "student") -> None:
@@ -183,9 +175,8 @@ def write(state: dict, folder: Path, network: str = "student") -> None:
         place.mkdir()
         (place / "model.safetensors").write_bytes(serialize(new, {"format": "pt"}))
         for name, content in {"config.json": about, **files}.items():
-            content = (
-                content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
-            )
+            if not isinstance(content, str):
+                content = json.dumps(content, indent=2, ensure_ascii=False)
             (place / name).write_text(content, encoding="utf-8")
 
 
