@@ -7,13 +7,13 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -244,6 +244,12 @@ def first_process():
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
+def say(line):
+    """Prints a line, once for all processes."""
+    if first_process():
+        print(line)
+
+
 def gather(value):
     """The (picklable) value of every process, in order of rank."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -283,25 +289,35 @@ def optimizer_step(optimizer, scaler, network, clip):
 
 
 @contextmanager
-def writing(path, undo):
-    """UserError if what is in this block cannot be written, after undo()."""
+def writing(path):
+    """UserError for what cannot be written in this block."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter from torch.save
-        undo()
         raise UserError(f"{path}: cannot be written ({error}); make room, or use another folder") from None
 
 
+@contextmanager
+def whole(path):
+    """Yields where to write a file or folder, which then becomes `path`: what was there stays until then."""
+    new = path.with_name(f"new-{path.name}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield new
+            os.replace(new, path)
+        finally:
+            shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
+
+
 def save(path, state):
-    """Writes text, .json or a checkpoint under a temporary name, then renames: the old file stays whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path, partial(temporary.unlink, missing_ok=True)):
+    """Writes text, .json or a checkpoint; the old file stays until the new one is whole."""
+    with whole(path) as new:
         if isinstance(state, str) or path.suffix == ".json":
             text = state if isinstance(state, str) else json.dumps(state, indent=2)
-            temporary.write_text(text, encoding="utf-8")
+            new.write_text(text, encoding="utf-8")
         else:
-            torch.save(state, temporary)
-        os.replace(temporary, path)
+            torch.save(state, new)
 
 
 def load(path):
@@ -384,7 +400,7 @@ class Log:
         for path in (self.folder / "ckpt.pt", metrics, self.folder / "results.json"):
             new = self.cfg.resume or not path.exists() or path.stat().st_size == 0
             require(new, f"--out {self.folder}: holds a run; add --resume, or use another --out")
-        with writing(f"--out {self.folder}", list):
+        with writing(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(metrics, "ab+", buffering=0)  # noqa: SIM115  a line is on disk when it is written
         try:
@@ -456,8 +472,9 @@ class Log:
     def append(self, line):
         """A line of metrics.jsonl, whole or not at all."""
         data, end = json.dumps(line).encode() + b"\n", self.file.seek(0, os.SEEK_END)
-        with writing(self.file.name, partial(self.file.truncate, end)):
+        with writing(self.file.name):
             if self.file.write(data) < len(data):
+                self.file.truncate(end)
                 raise OSError("no space left")
 
     def checkpoint(self, step, student, teacher, optimizer, scaler, **more):

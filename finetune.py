@@ -460,32 +460,35 @@ class Sentences(Task):
     def setup(self):
         cfg = self.cfg
         require(cfg.task, f"--task: must be one of {', '.join(glue.TASKS)}, or a folder of yours in --data")
-        self.spec, splits = glue.open_task(Path(cfg.data, cfg.task), training=not cfg.eval_only)
-        self.build(list(self.spec.classes) or ["score"])
+        names = self.tuned or []
+        self.spec, splits = glue.open_task(Path(cfg.data, cfg.task), not cfg.eval_only, names)
+        order = glue.output_order(self.spec, names, cfg.eval_only)
+        self.build(names if order else list(self.spec.classes) or ["score"])
+        self.order = order or list(range(len(self.classes)))  # of the outputs: a file has its own
         self.train, self.held_out, self.metric = splits.pop("train", []), {}, self.spec.metrics[0]
-        self.extra = {"vocabulary": self.state["vocabulary"], "parts": len(self.spec.columns)}
         options = self.vocabulary, self.config["max_tokens"]
         for split, part in splits.items():
             suffix = split.removeprefix("dev").replace("_matched", "")
             keys = [(0, i) for i in range(len(part))]
             keys = [keys[start : start + 64] for start in range(0, len(keys), 64)]
             self.held_out[suffix] = glue.Sentences(part, *options), keys
+        self.extra = {"vocabulary": self.state["vocabulary"], "parts": len(part[0][0])}
         if self.train:
             strata = [label if self.spec.classes else 0 for _, label in self.train]
             self.train = [self.train[i] for i in label_subset(strata, cfg.label_fraction, cfg.seed)]
             self.dataset = glue.Sentences(self.train, *options)
-            steps, batch = glue.RECIPES.get(cfg.task, (0, 32))
-            cfg.global_batch = cfg.global_batch or batch
-            cfg.steps = cfg.steps or steps or math.ceil(10 * len(self.train) / cfg.global_batch)
+            cfg.global_batch = cfg.global_batch or self.spec.batch
+            cfg.steps = cfg.steps or self.spec.steps or math.ceil(10 * len(self.train) / cfg.global_batch)
 
     def loss(self, network, batch, rng):
-        logits, labels = self.call(network, batch["tokens"]).float(), batch["labels"].to(self.device)
+        logits = self.call(network, batch["tokens"]).float()[:, self.order]
+        labels = batch["labels"].to(self.device)
         if self.spec.classes:
             return F.cross_entropy(logits, labels.long(), reduction="sum")
         return F.mse_loss(logits[:, 0], labels, reduction="sum")
 
     def pairs(self, key, batch):
-        logits = self.call(self.model, batch["tokens"]).float()
+        logits = self.call(self.model, batch["tokens"]).float()[:, self.order]
         guesses = logits.argmax(1) if self.spec.classes else logits[:, 0]
         return zip(guesses.tolist(), batch["labels"].tolist())
 
@@ -498,7 +501,7 @@ class Sentences(Task):
         require(len(parts) == wanted and all(map(str.strip, parts)), f"{wanted} sentences are needed")
         ids = glue.sentence_ids(self.vocabulary, *parts, max_tokens=self.config["max_tokens"])
         logits = self.call(self.model, torch.tensor([ids]))[0].float()
-        return f"{logits.item():.3f}" if self.classes == ["score"] else self.name_best(logits.softmax(-1))
+        return f"{logits.item():.3f}" if len(self.classes) == 1 else self.name_best(logits.softmax(-1))
 
 
 KINDS = {kind.kind: kind for kind in (Images, Letters, Sounds, Sentences)}

@@ -75,7 +75,7 @@ def span_mask(
 
 
 def bert_mask(
-    ids: np.ndarray, regular_ids: range, mask_id: int, p: float, rng: np.random.Generator
+    ids: np.ndarray, regular_ids: np.ndarray, mask_id: int, p: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """BERT's corruption of one text (section 4.3; Devlin et al. 2019): a fraction p of tokens is selected.
 
@@ -87,21 +87,21 @@ def bert_mask(
     """
     ids = np.array(ids, dtype=np.int64)
     mask = np.zeros(len(ids), dtype=bool)
-    regular = np.flatnonzero((ids >= regular_ids.start) & (ids < regular_ids.stop))
+    regular = np.flatnonzero(np.isin(ids, regular_ids))
     chosen = rng.permutation(regular)[: max(1, int(p * len(regular) + rng.random()))]
     mask[chosen] = True
     fate = rng.random(len(chosen))
-    other = rng.integers(regular_ids.start, regular_ids.stop, len(chosen))
+    other = np.asarray(regular_ids)[rng.integers(len(regular_ids), size=len(chosen))]
     ids[chosen] = np.where(fate < 0.8, mask_id, np.where(fate < 0.9, other, ids[chosen]))
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def span_mask_tokens(
-    ids: np.ndarray, regular_ids: range, mask_id: int, p: float, span: int, rng: np.random.Generator
+    ids: np.ndarray, regular_ids: np.ndarray, mask_id: int, p: float, span: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """As bert_mask, in spans that all become <mask> (the paper's best GLUE average: p .35, span 4)."""
+    regular = torch.from_numpy(np.isin(ids, regular_ids))
     ids = torch.from_numpy(np.array(ids, dtype=np.int64))
-    regular = (ids >= regular_ids.start) & (ids < regular_ids.stop)
     span = min(span, max(1, int(regular.sum()) - 1))  # of a few tokens, one should stay visible
     mask = span_mask(np.array([len(ids)]), p, span, rng)[0] & regular
     if regular.any() and not mask.any():

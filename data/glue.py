@@ -2,23 +2,23 @@
 
     python -m data.glue --out DIR          downloads GLUE's tasks to DIR/TASK/{train,dev}.tsv
 
-Your own task is a folder with train and dev as .tsv (no quoting) or .csv, with the columns sentence, or
-sentence1 and sentence2, and label.
+A task is a folder with train and one of HELD_OUT, .tsv (no quoting) or .csv: GLUE's files, the hub's, or your
+own, with a column of LABELS and those of a row of COLUMNS. Names of classes match in any case.
 """
 
 import argparse
 import csv
+import math
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import UserError, first_process, require, run
+from common import UserError, require, run, save, say, writing
 from data.download import download
 from data.text import BOS, EOS, PAD
 
@@ -26,88 +26,128 @@ URL = "https://dl.fbaipublicfiles.com"
 ARCHIVES = {"QQP": "QQP-clean", "QNLI": "QNLIv2"}  # the others have the task's name
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 csv.field_size_limit(1 << 30)  # characters of a cell; by default 131,072
+HELD_OUT = ("dev", "valid", "validation", "val", "test")  # the first of them is measured
+LABELS = ("label", "gold_label", "is_duplicate", "score", "Quality")
+COLUMNS = (
+    ("#1 String", "#2 String"), ("question1", "question2"), ("premise", "hypothesis"),
+    ("question", "sentence"), ("sentence1", "sentence2"), ("sentence",), ("text",),
+)  # fmt: skip
 
 
 class Task(NamedTuple):
     classes: tuple  # () if labels are scores
     metrics: tuple  # names; the first one selects the best checkpoint
-    columns: tuple  # of the one or two sentences
-    label: str = "label"  # column
+    hub: tuple = ()  # other words for these classes, on the hub
+    steps: int = 0  # of fine-tuning, and sentences a step (Liu et al. 2019); 0: ten epochs
+    batch: int = 32
     dev: tuple = ("dev",)  # splits to measure on
 
+    def index(self):
+        """{name of a class in lower case, or the hub's word for it: its index}"""
+        return {name.lower(): i for names in (self.hub, self.classes) for i, name in enumerate(names)}
 
-BINARY, ENTAILMENT, PAIR = ("0", "1"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
+
+BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TASKS = {  # the paper leaves out WNLI
-    "CoLA": Task(BINARY, ("matthews",), ("sentence",)),
-    "SST-2": Task(BINARY, ("accuracy",), ("sentence",)),
-    "MRPC": Task(BINARY, ("accuracy", "f1"), ("#1 String", "#2 String"), "Quality"),
-    "STS-B": Task((), ("pearson", "spearman"), PAIR, "score"),
-    "QQP": Task(BINARY, ("accuracy", "f1"), ("question1", "question2"), "is_duplicate"),
-    "MNLI": Task(("contradiction", "neutral", "entailment"), ("accuracy",), PAIR, "gold_label",
-                 ("dev_matched", "dev_mismatched")),
-    "QNLI": Task(ENTAILMENT, ("accuracy",), ("question", "sentence")),
-    "RTE": Task(ENTAILMENT, ("accuracy",), PAIR),
-}  # fmt: skip
-RECIPES = {  # steps of fine-tuning, sentences a step (Liu et al. 2019)
-    "CoLA": (5336, 16), "SST-2": (20_935, 32), "MRPC": (2296, 16), "STS-B": (3598, 16), "QQP": (113_272, 32),
-    "MNLI": (123_873, 32), "QNLI": (33_112, 32), "RTE": (2036, 16),
+    "CoLA": Task(BINARY, ("matthews",), ("unacceptable", "acceptable"), 5336, 16),
+    "SST-2": Task(BINARY, ("accuracy",), ("negative", "positive"), 20_935),
+    "MRPC": Task(BINARY, ("accuracy", "f1"), ("not_equivalent", "equivalent"), 2296, 16),
+    "STS-B": Task((), ("pearson", "spearman"), (), 3598, 16),
+    "QQP": Task(BINARY, ("accuracy", "f1"), ("not_duplicate", "duplicate"), 113_272),
+    "MNLI": Task(("contradiction", "neutral", "entailment"), ("accuracy",), ("2", "1", "0"), 123_873,
+                 dev=("dev_matched", "dev_mismatched")),
+    "QNLI": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 33_112),
+    "RTE": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 2036, 16),
 }  # fmt: skip
 
 
-def open_task(folder, training=True):
+def open_task(folder, training=True, names=()):
     """-> Task, {split: [(sentences, label), ...]} of dev and, if training, of train.
 
     sentences: one or two texts; label: index of the class, or a float. A folder that is not named as one of
-    TASKS has classes, or scores if the labels are numbers with decimals.
+    TASKS has classes, or scores if the labels are numbers with decimals; if not training, those of `names`.
     """
     folder = Path(folder).resolve()
-    files = {path.stem: path for path in sorted(folder.glob("*.[ct]sv"))}
-    task = TASKS.get(folder.name)
-    splits = ["train"] * training + list(task.dev if task else ["dev"])
-    for split in splits:
-        require(split in files, f"{folder}: no {split}.tsv or .csv; `python -m data.glue` downloads GLUE")
-    task = task or own_task(read_table(files.get("train", files["dev"])))
-    return task, {split: read_examples(files[split], task) for split in splits}
+    official = {name.lower().replace("-", ""): task for name, task in TASKS.items()}
+    task = official.get(folder.name.lower().replace("-", ""))
+    found = {path.stem.lower(): path for path in sorted(folder.glob("*.[ctCT][sS][vV]"))}
+    files = {"train": found.get("train")} if training else {}
+    for split in task.dev if task else ("dev",):
+        stems = [name + split.removeprefix("dev") for name in HELD_OUT]
+        files[split], *unused = [found[stem] for stem in stems if stem in found] or [None]
+        say(f"held out: {files[split]}" + "".join(f"; not used: {path.name}" for path in unused))
+    for split, path in files.items():
+        require(path, f"{folder}: no {split}.tsv or .csv; `python -m data.glue` downloads GLUE")
+    task = task or own_task(found.get("train", files["dev"]), () if training else names)
+    return task, {split: read_examples(path, task) for split, path in files.items()}
 
 
 def read_table(path):
-    """-> rows {column: cell}."""
-    style = {"strict": True} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    if path.match("CoLA/*.tsv"):  # has no header
-        style["fieldnames"] = ["source", "label", "mark", "sentence"]
+    """-> rows {column: cell}, columns of the sentences and of the label."""
+    tabs = path.suffix.lower() == ".tsv"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, **style))
+            first = file.readline().strip("\r\n").split("\t")
+            file.seek(0)
+            quoted = not tabs or "idx" in first  # the hub's .tsv; in GLUE's own a quote is any character
+            style = {"strict": True} if quoted else {"quoting": csv.QUOTE_NONE}
+            if path.parent.name.lower() == "cola" and tabs and "label" not in first:  # has no header
+                style["fieldnames"] = ["source", "label", "mark", "sentence"]
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", **style)
+            rows, header = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}; it must be UTF-8, and .csv with matching quotes") from None
+    texts = [columns for columns in COLUMNS if set(columns) <= set(header)]
+    labels = [column for column in LABELS if column in header]
+    require(texts and labels, f"{path}: its columns are {header}, but it needs label and one of {COLUMNS}")
+    return rows, [*texts[0], labels[0]]
 
 
-def own_task(rows):
-    labels = [row["label"].strip() for row in rows if row.get("label")]
-    numbers = [float(label) for label in labels if NUMBER.fullmatch(label)]
-    columns = ("sentence",) if rows and "sentence" in rows[0] else PAIR
-    if len(numbers) >= 0.9 * len(labels) and any(number % 1 for number in numbers):
-        return Task((), ("pearson", "spearman"), columns)
-    return Task(tuple(sorted(set(labels))), ("accuracy",), columns)
+def own_task(path, names):
+    rows, (*_, column) = read_table(path)
+    labels = [row[column].strip() for row in rows if row[column]]
+    numbers = {label: float(label) for label in labels if NUMBER.fullmatch(label)}
+    mostly = sum(label in numbers for label in labels) >= 0.9 * len(labels)
+    if names == ["score"] or (mostly and any(number % 1 for number in numbers.values())):
+        return Task((), ("pearson", "spearman"))
+    classes = sorted(set(labels), key=lambda label: (numbers.get(label, math.inf), label))
+    known = {label.lower() for label in labels} <= {name.lower() for name in names}
+    return Task(tuple(names if known else classes), ("accuracy",))
+
+
+def output_order(task, names, assume):
+    """Outputs of a head with these names in the order of the task's classes; [] if it has other classes.
+
+    assume: numbers 0 .. instead of names, on one side, count the classes of the other.
+    """
+    classes, index = list(task.classes) or ["score"], task.index() or {"score": 0}
+    places, found = list(range(len(classes))), [index.get(name.lower(), -1) for name in names]
+    if assume and sorted(found) != places and list(map(str, range(len(names)))) in (names, classes):
+        found = list(range(len(names)))
+    if sorted(found) != places:
+        return []
+    if names != classes:
+        say("classes: " + ", ".join(f"{name} of the file is {classes[i]}" for name, i in zip(names, found)))
+    return [found.index(i) for i in places]
 
 
 def read_examples(path, task):
     """-> [(sentences, label), ...] of a file; broken rows are skipped, and the first one is printed."""
-    needed = [*task.columns, task.label]
-    labels = {label: index for index, label in enumerate(task.classes)}
-    examples, skipped = [], []
-    for row in read_table(path):
-        require(set(needed) <= set(row), f"{path}: its columns are {list(row)}, but it needs {needed}")
-        *sentences, label = ((row[column] or "").strip() for column in needed)
+    rows, columns = read_table(path)
+    labels, examples, skipped = task.index(), [], []
+    for row in rows:
+        *sentences, label = ((row[column] or "").strip() for column in columns)
+        label = label.lower()
         if not task.classes and NUMBER.fullmatch(label):
             labels[label] = float(label)
         if None not in row and all(sentences) and label in labels:  # None: more cells than columns
             examples.append((tuple(sentences), labels[label]))
         else:
             skipped.append(str(row)[:200])
-    require(examples, f"{path}: no row can be used: {skipped[:1]}")
-    if skipped and first_process():
-        print(f"{path}: skipped {len(skipped)} rows, the first is {skipped[0]}", file=sys.stderr)
+    usable = {label for _, label in examples} - {-1.0}  # the hub's scores of tests, which are secret
+    require(usable, f"{path}: no row can be used: {skipped[:1]}")
+    if skipped:
+        say(f"{path}: skipped {len(skipped)} rows, the first is {skipped[0]}")
     return examples
 
 
@@ -177,16 +217,12 @@ def fetch(out, file):
 def make_mrpc(out):
     """MRPC has no archive: its dev split is the pairs of the training file that mrpc_dev_ids.tsv lists."""
     train = fetch(out, "senteval/senteval_data/msr_paraphrase_train.txt").read_text(encoding="utf-8-sig")
-    dev_ids = fetch(out, "glue/data/mrpc_dev_ids.tsv").read_text().split("\n")
+    dev_ids = fetch(out, "glue/data/mrpc_dev_ids.tsv").read_text("utf-8").split("\n")
     dev_ids = {tuple(line.split()) for line in dev_ids}
     header, *rows = train.split("\n")
-    splits = {"train": [header], "dev": [header]}
-    for row in rows:
-        is_dev = tuple(row.split("\t")[1:3]) in dev_ids
-        splits["dev" if is_dev else "train"].append(row)
-    (out / "MRPC").mkdir(exist_ok=True)
-    for split, lines in splits.items():
-        (out / "MRPC" / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8")
+    for split in ("train", "dev"):
+        part = [row for row in rows if (tuple(row.split("\t")[1:3]) in dev_ids) == (split == "dev")]
+        save(out / "MRPC" / f"{split}.tsv", "\n".join([header, *part]))
 
 
 def main():
@@ -199,7 +235,9 @@ def main():
         if name == "MRPC":
             make_mrpc(args.out)
         else:
-            shutil.unpack_archive(fetch(args.out, f"glue/data/{ARCHIVES.get(name, name)}.zip"), args.out)
+            archive = fetch(args.out, f"glue/data/{ARCHIVES.get(name, name)}.zip")
+            with writing(args.out / name):
+                shutil.unpack_archive(archive, args.out)
         print(args.out / name)
 
 

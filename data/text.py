@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import UserError, require, run, save
+from common import UserError, require, run, whole
 from data import synthetic
 
 # GPT-2's regular expression: BPE merges only within a word, which includes the space before it
@@ -29,6 +29,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 PARTS = regex.compile(r"(?s).{1,16384}\Z|.{1,16383}(?= )|.{1,16384}")
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 BOS, PAD, EOS, UNK = range(4)
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 
 
 class Vocabulary:
@@ -44,8 +45,7 @@ class Vocabulary:
         self.size = size or len(pieces) + 5
         self.mask = self.size - 1 if mask is None else mask
         self.special = SPECIAL | {"<mask>": self.mask}
-        regular = [i for i in range(4, self.size) if i != self.mask]
-        self.regular_ids = range(regular[0], regular[-1] + 1)
+        self.regular_ids = np.unique([i for i in pieces.values() if i > UNK])  # that a text can have
         self.dtype = np.dtype("uint16" if self.size <= 1 << 16 else "uint32")  # on disk
         self.ids = np.array(list(pieces.values()))  # rank of merging -> id
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
@@ -72,28 +72,38 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, folder):
-        """RoBERTa's vocab.json and merges.txt, or GPT-2's encoder.json and vocab.bpe with fairseq's dict.txt.
+        """RoBERTa's tokenizer.json, or vocab.json and merges.txt; or GPT-2's encoder.json and vocab.bpe.
 
-        RoBERTa's ids stay. GPT-2's id in line n of dict.txt, from 0, becomes n + 4.
+        RoBERTa's ids stay. GPT-2's id in line n of fairseq's dict.txt, from 0, becomes n + 4.
         """
-        roberta = (folder / "vocab.json").exists()
-        names = ("vocab.json", "merges.txt") if roberta else ("encoder.json", "vocab.bpe")
-        ids, merges = ((folder / name).read_text(encoding="utf-8") for name in names)
-        ids, mask = json.loads(ids), None  # {token: id}
-        if roberta:
-            size, mask = max(ids.values()) + 1, ids["<mask>"]
-            if not SPECIAL.items() <= ids.items():
-                raise ValueError(f"the special tokens are not {SPECIAL}")
+        files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
+        if "tokenizer.json" in files:
+            about = json.loads(files["tokenizer.json"])
+            wanted = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False, "normalizer": None}
+            given = wanted | (about["pre_tokenizer"] or {"type": None}) | {"normalizer": about["normalizer"]}
+            other = [f"{name} {given[name]}" for name in wanted if given[name] != wanted[name]]
+            if other:
+                raise ValueError(f"tokenizer.json has {', '.join(other)}; only RoBERTa's kind is known")
+            merges, ids = (
+                about["model"]["merges"],
+                about["model"]["vocab"],
+            )  # "a b", in newer files ["a", "b"]
+            ids |= {token["content"]: token["id"] for token in about["added_tokens"]}
+        elif "vocab.json" in files:
+            ids, merges = json.loads(files["vocab.json"]), files["merges.txt"].split("\n")
         else:
-            order = [line.split()[0] for line in (folder / "dict.txt").read_text().splitlines()]
-            moved = {i: n for n, i in enumerate(order, 4)}
+            ids, merges = json.loads(files["encoder.json"]), files["vocab.bpe"].split("\n")
+            moved = {line.split()[0]: n for n, line in enumerate(files["dict.txt"].splitlines(), 4)}
             ids = {token: moved.get(str(i), UNK) for token, i in ids.items()}
-            size = len(order) + 5
+            ids |= SPECIAL | {"<mask>": len(moved) + 4}
+        if "<mask>" not in ids or not SPECIAL.items() <= ids.items():
+            raise ValueError(f"the special tokens are not {SPECIAL} and <mask>")
         bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-        ids = dict.fromkeys(bytes_of, UNK) | ids  # some vocabularies lack bytes
-        merges = [line.replace(" ", "") for line in merges.split("\n") if not line.startswith("#version")]
+        known = dict.fromkeys(bytes_of, UNK) | ids  # some vocabularies lack bytes
+        merges = ["".join(merge).replace(" ", "") for merge in merges if merge[:8] != "#version"]
         tokens = [*bytes_of, *filter(None, merges)]
-        return cls({bytes(bytes_of[c] for c in token): ids[token] for token in tokens}, size, mask)
+        pieces = {bytes(bytes_of[c] for c in token): known[token] for token in tokens}
+        return cls(pieces, max(ids.values()) + 1, ids["<mask>"])
 
 
 def byte_letters():
@@ -113,7 +123,7 @@ def open_vocabulary(name):
             return Vocabulary({piece: i for i, piece in enumerate(pieces, 4)})
         return Vocabulary.parse(path.read_text()) if path.exists() else Vocabulary.from_files(path.parent)
     except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{name}: no vocabulary ({error}); it takes vocab.json and merges.txt") from None
+        raise UserError(f"{name}: no vocabulary ({error}); it takes RoBERTa's files") from None
 
 
 def train_vocabulary(texts, vocab_size):
@@ -182,7 +192,7 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_every=100)
     *.bin: ids without special tokens, uint16 or uint32; *.idx: int64, where documents start, and the end.
     Without `valid`, every valid_every-th document is held out, from the first. Lines are encoded one by one.
     """
-    out, folder = Path(out), Path(f"{Path(out)}.tmp")
+    out = Path(out)
     require(not out.exists(), f"--out {out}: exists; remove it or choose another folder")
     inputs = [path for path in inputs if path not in valid]  # --input DIR/*.txt may include them
     for path in [*inputs, *valid]:
@@ -192,23 +202,23 @@ def prepare(inputs, out, vocab_size=8192, vocab=None, valid=(), valid_every=100)
         numbered = enumerate(read_documents(valid if valid and split == "valid" else inputs))
         return (doc for n, doc in numbered if valid or (n % valid_every == 0) == (split == "valid"))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = chain.from_iterable(documents("train"))
-    vocabulary = open_vocabulary(vocab) if vocab else train_vocabulary(texts, vocab_size)
-    save(folder / "vocab", vocabulary.spell())
-    meta = {"vocab_size": vocabulary.size}
-    for split in ("train", "valid"):
-        bounds = [0]
-        with open(folder / f"{split}.bin", "wb") as file:
-            for document in documents(split):
-                for line in document:
-                    file.write(np.array(vocabulary.encode(line), vocabulary.dtype))
-                bounds.append(file.tell() // vocabulary.dtype.itemsize)
-        require(len(bounds) > 1, f"no text for {split}; put blank lines between documents, or use --valid")
-        np.array(bounds).tofile(folder / f"{split}.idx")
-        meta[split] = {"documents": len(bounds) - 1, "tokens": bounds[-1]}
-    save(folder / "meta.json", meta)
-    folder.rename(out)
+    with whole(out) as folder:
+        folder.mkdir()
+        texts = chain.from_iterable(documents("train"))
+        vocabulary = open_vocabulary(vocab) if vocab else train_vocabulary(texts, vocab_size)
+        (folder / "vocab").write_text(vocabulary.spell(), "utf-8")
+        meta = {"vocab_size": vocabulary.size}
+        for split in ("train", "valid"):
+            bounds = [0]
+            with open(folder / f"{split}.bin", "wb") as file:
+                for document in documents(split):
+                    for line in document:
+                        file.write(np.array(vocabulary.encode(line), vocabulary.dtype))
+                    bounds.append(file.tell() // vocabulary.dtype.itemsize)
+            require(len(bounds) > 1, f"no text for {split}; put blank lines between documents or use --valid")
+            np.array(bounds, np.int64).tofile(folder / f"{split}.idx")
+            meta[split] = {"documents": len(bounds) - 1, "tokens": bounds[-1]}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2), "utf-8")
     return meta
 
 
@@ -304,7 +314,7 @@ def main():
     parser.add_argument("--valid", nargs="+", default=[], help="text files to hold out; else 1 %% of --input")
     parser.add_argument("--out", required=True, help="new folder, for --data of train_text.py")
     parser.add_argument("--vocab_size", type=int, default=8192, help="ids to learn; the paper has 50265")
-    parser.add_argument("--vocab", help="a known one: gpt2, or a folder with vocab.json and merges.txt")
+    parser.add_argument("--vocab", help="gpt2, or a folder with vocab.json and merges.txt, or tokenizer.json")
     args = parser.parse_args()
     print(f"{args.out}:", prepare(args.input, args.out, args.vocab_size, args.vocab, args.valid))
 

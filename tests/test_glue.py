@@ -40,7 +40,7 @@ def write_task(root, name, *rows, end="\n"):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name, tmp_path):
-    assert set(G.TASKS) == set(LAYOUTS) == set(G.RECIPES)
+    assert set(G.TASKS) == set(LAYOUTS)
     folder = write_task(tmp_path, name, end="\r\n" if name == "MRPC" else "\n")
     task, splits = G.open_task(folder)
     assert task == G.TASKS[name] and set(task.metrics) <= set(G.METRICS)
@@ -51,18 +51,52 @@ def test_layouts(name, tmp_path):
         G.open_task(folder)
 
 
+HUB = {  # folder, header, rows (names or numbers of classes), labels that they have
+    "CoLA": ("cola", "sentence,label,idx", ["a,1,0", "b,unacceptable,1"], [1, 0]),
+    "SST-2": ("sst2", "sentence,label,idx", ["a,0,0", "b,positive,1"], [0, 1]),
+    "MRPC": ("mrpc", "sentence1,sentence2,label,idx", ["a,b,1,0", "a,b,not_equivalent,1"], [1, 0]),
+    "STS-B": ("stsb", "sentence1,sentence2,label,idx", ["a,b,3.75,0", "a,b,5,1"], [3.75, 5]),
+    "QQP": ("QQP", "question1,question2,label,idx", ["a,b,0,0", "a,b,duplicate,1"], [0, 1]),
+    "MNLI": ("mnli", "premise,hypothesis,label,idx", ["a,b,0,0", "a,b,1,1", "a,b,2,2", "a,b,ENTAILMENT,3"],
+             [2, 1, 0, 2]),
+    "QNLI": ("qnli", "question,sentence,label,idx", ["a,b,0,0", "a,b,not_entailment,1"], [0, 1]),
+    "RTE": ("rte", "sentence1,sentence2,label,idx", ["a,b,1,0", "a,b,entailment,1"], [1, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".CSV"])
+@pytest.mark.parametrize("name", HUB)
+def test_tables_of_the_hub(name, ending, tmp_path, capsys):
+    folder, header, rows, labels = HUB[name]
+    (tmp_path / folder).mkdir()
+    mark, cell = "," if ending.lower() == ".csv" else "\t", '"said ""so"",\nand left"'
+    rows = [header, *rows, header.replace("label", "none")]
+    content = "\r\n".join(mark.join(cell if part == "a" else part for part in row.split(",")) for row in rows)
+    for split in ("train", *(part.replace("dev", "Validation") for part in G.TASKS[name].dev)):
+        (tmp_path / folder / f"{split}{ending}").write_text(content, newline="")
+        (tmp_path / folder / f"{split.replace('Validation', 'test')}{ending}").write_text(content, newline="")
+    task, splits = G.open_task(tmp_path / folder)
+    assert task == G.TASKS[name] and list(splits) == ["train", *task.dev]
+    for examples in splits.values():
+        assert [label for _, label in examples] == labels
+        assert examples[0][0][0] == 'said "so",\nand left'
+    printed = capsys.readouterr().out
+    for part in (split[3:] + ending for split in task.dev):
+        assert f"Validation{part}; not used: test{part}\n" in printed
+
+
 def test_broken_rows_are_skipped(tmp_path, capsys):
     good = LAYOUTS["QQP"][1]
     broken = [*good[:3], "2"], good[:2], ["a"], [*good[:3], ""], [*good[:2], " ", "1"], [*good, "x"]
     folder = write_task(tmp_path, "QQP", *broken, good, ["", "", ""])
     assert len(G.open_task(folder)[1]["train"]) == 2
-    assert "QQP/train.tsv: skipped 7 rows, the first is {'id': '1'," in capsys.readouterr().err
+    assert "QQP/train.tsv: skipped 7 rows, the first is {'id': '1'," in capsys.readouterr().out
     scores = [[*LAYOUTS["STS-B"][1][:3], label] for label in ("high", "nan", "")]
     assert len(G.open_task(write_task(tmp_path, "STS-B", *scores))[1]["dev"]) == 1
     folder = write_task(tmp_path, "RTE")
     for content, message in (
         (b"sentence1\tsentence2\tlabel\n", r"no row can be used: \[\]"),
-        (b"sentence1\tlabel\na\tentailment\n", r"needs \['sentence1', 'sentence2', 'label'\]"),
+        (b"sentence1\tlabel\na\tentailment\n", r"needs label and one of .*'sentence1', 'sentence2'"),
         (b"sentence1\tsentence2\tlabel\na\tb\tc\nd\n", "no row can be used: .*'label': 'c'"),
         (b"sentence1\tsentence2\tlabel\na\tb\t\xe9", "train.tsv: .*can't decode"),
     ):
@@ -99,6 +133,36 @@ def test_tables_of_ones_own(tmp_path):
     long = "word " * 40_000  # Python's csv by default stops at 131072 characters
     _, splits = G.open_task(write_own(tmp_path / "d", ["0", "1"], long))
     assert splits["train"][1] == ((long.strip(),), 1)
+
+
+def test_numbers_sort_as_numbers_and_held_out_files_have_customary_names(tmp_path, capsys):
+    labels = [str(i) for i in range(12)]
+    mine = write_own(tmp_path / "a", ["none", *reversed(labels)])
+    assert G.open_task(mine)[0].classes == (*labels, "none")
+    (mine / "dev.tsv").rename(mine / "VAL.tsv")
+    (mine / "test.csv").write_text("text,label\nfine,11\nbad,2\n")
+    assert len(G.open_task(mine)[1]["dev"]) == 13
+    assert f"held out: {mine}/VAL.tsv; not used: test.csv\n" in capsys.readouterr().out
+    (mine / "VAL.tsv").unlink()
+    (mine / "train.tsv").unlink()
+    names = ["2", "11", "one"]  # of a file, of which not all need be here
+    task, splits = G.open_task(mine, training=False, names=names)
+    assert list(task.classes) == names and splits["dev"] == [(("fine",), 1), (("bad",), 0)]
+    assert G.open_task(mine, training=False, names=["score"])[0].classes == ()
+
+
+def test_outputs_are_found_by_the_names_of_their_classes(capsys):
+    mnli, own = G.TASKS["MNLI"], G.Task(("bad", "fine", "odd"), ("accuracy",))
+    silent = [(mnli, list(mnli.classes), [0, 1, 2]), (own, ["a", "b", "c"], []), (own, ["bad", "fine"], [])]
+    silent += [(own, ["0", "1", "2", "3"], []), (G.TASKS["STS-B"], ["score"], [0]), (own, [], [])]
+    told = [(mnli, ["ENTAILMENT", "Neutral", "CONTRADICTION"], [2, 1, 0]), (mnli, ["0", "1", "2"], [2, 1, 0])]
+    told += [(own, ["odd", "bad", "fine"], [1, 2, 0]), (own, ["0", "1", "2"], [0, 1, 2])]
+    told += [(own._replace(classes=("0", "1", "2")), ["x", "y", "z"], [0, 1, 2])]
+    told += [(G.TASKS["SST-2"], ["POSITIVE", "NEGATIVE"], [1, 0])]
+    for task, names, order in silent + told:
+        assert G.output_order(task, names, assume=True) == order, names
+        assert capsys.readouterr().out.count("classes: ") == ((task, names, order) in told)
+    assert G.output_order(own, ["0", "1", "2"], assume=False) == []
 
 
 def test_sentences_become_ids():

@@ -6,6 +6,7 @@ They are drawn from PARITY_SEED (default 0); any seed must pass, up to 1e-5 of t
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -302,6 +303,51 @@ def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     (tmp_path / "hub" / "vocab").unlink()  # as a folder of theirs: vocab.json and merges.txt alone
     back = text.Vocabulary.parse(convert.read(tmp_path / "hub")["vocabulary"])
     assert back.size == vocabulary.size and back.pieces == vocabulary.pieces
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["pairs", "strings", "mask in the middle"])
+def test_tokenizer_json_alone(tmp_path, form):
+    """As the library saves it now; tokens come after <mask>, and the table of embeddings is padded."""
+    tk = pytest.importorskip("tokenizers")
+    lines = Path(__file__).read_text("utf-8").split("\n") + ["naïve ÄÖÜ ☃ 日本 \t it's", " two  spaces"]
+    lines = [line for line in lines if line and not re.search("<(s|/s|pad|unk|mask|ent)>", line)]
+    special = ["<s>", "<pad>", "</s>", "<unk>"] + ["<mask>", "<ent>"] * (form == "mask in the middle")
+    theirs = tk.Tokenizer(tk.models.BPE())
+    theirs.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    how = {"vocab_size": 500, "special_tokens": special, "initial_alphabet": alphabet}
+    theirs.train_from_iterator(lines, tk.trainers.BpeTrainer(show_progress=False, **how))
+    theirs.add_special_tokens(["<mask>", "<ent>"])
+    theirs.save(str(path := tmp_path / "tokenizer.json"))
+    about = json.loads(path.read_text("utf-8"))
+    if form == "strings":  # as older versions have it
+        about["model"]["merges"] = [" ".join(merge) for merge in about["model"]["merges"]]
+        path.write_text(json.dumps(about))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.RobertaConfig(vocab_size=512, pad_token_id=1, max_position_embeddings=34, **sizes)
+    model = transformers.RobertaModel(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 20, "do_lower_case": true}')
+    state, size = convert.read(tmp_path), theirs.get_vocab_size()
+    for note in (f"{512 - size} tokens", "model_max_length of its inputs is 20, of ours 32", "do_lower_case"):
+        assert note in " ".join(state["notes"])
+    vocabulary = text.Vocabulary.parse(state["vocabulary"])
+    assert len(lines) > 200 and all(vocabulary.encode(line) == theirs.encode(line).ids for line in lines)
+    assert (vocabulary.size, vocabulary.mask) == (size, theirs.token_to_id("<mask>"))
+    assert not {theirs.token_to_id(token) for token in (*special, "<mask>", "<ent>")} & {
+        *vocabulary.regular_ids
+    }
+    ids = torch.tensor([glue.sentence_ids(vocabulary, lines[0], max_tokens=32)])
+    ours = model_of(state, target="block").encoder(ids)[0]
+    close(ours, model(ids).last_hidden_state, "features")
+    for change, name in (
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer"), ({"pre_tokenizer": None}, "type None"),
+        ({"pre_tokenizer": about["pre_tokenizer"] | {"add_prefix_space": True}}, "add_prefix_space True"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=f"no vocabulary .tokenizer.json has {name}"):
+            convert.read(tmp_path)
 
 
 def test_the_blank_of_a_folder_becomes_output_0(tmp_path):

@@ -54,11 +54,17 @@ def modality(config: dict) -> str:
 def add_vocabulary(state: dict, path: Path) -> None:
     """Text: the vocabulary in the folder, or beside the file."""
     folder = path if path.is_dir() else path.parent
-    if not any((folder / name).exists() for name in ("vocab", "merges.txt", "vocab.bpe")):
-        state["notes"].append(f"no vocabulary in {folder}: put vocab.json and merges.txt there")
+    if not any((folder / name).exists() for name in ("vocab", "tokenizer.json", "merges.txt", "vocab.bpe")):
+        state["notes"].append(
+            f"{folder}: no vocabulary; put vocab.json and merges.txt, or tokenizer.json there"
+        )
         return
-    vocabulary = text.open_vocabulary(str(folder))
-    rows = len(state["student"]["encoder.embed.tokens.weight"])
+    vocabulary, name = text.open_vocabulary(str(folder)), "encoder.embed.tokens.weight"
+    rows = len(state["student"][name])
+    if path.is_dir() and 0 < rows - vocabulary.size < 128:  # padded for speed, or for tokens of other uses
+        state["notes"].append(f"left out: {rows - vocabulary.size} tokens without a name")
+        state["student"][name] = state["student"][name][: vocabulary.size]
+        rows = vocabulary.size
     require(vocabulary.size == rows, f"{folder}: a vocabulary of {vocabulary.size}, but {path} has {rows}")
     state["vocabulary"] = vocabulary.spell()
 

@@ -101,8 +101,9 @@ def main():
     ends = np.cumsum([0, *map(len, rows)]).tolist()
     common.require(ends[-1], f"{args.inputs[0]}: no input can be used; see what is skipped above")
     lines = [f"{ends[i]}\t{ends[i + 1]}\t{name}\t{reasons[i]}\n" for i, (name, _) in enumerate(found)]
-    common.save(args.out.with_suffix(".tsv"), "first\tend\tinput\tskipped\n" + "".join(lines))
-    np.save(args.out, torch.cat(rows).numpy())
+    with common.whole(args.out) as path:
+        np.save(path, torch.cat(rows).numpy())
+        common.save(args.out.with_suffix(".tsv"), "first\tend\tinput\tskipped\n" + "".join(lines))
     print(f"{args.out}: layer {len(encoder.blocks)}, {len(found)} inputs, {sum(map(bool, reasons))} skipped")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import require
+from common import require, whole
 from data import text
 from tools import released
 from tools.released import KERNELS, complete, rename, translate
@@ -70,11 +70,9 @@ EXPECTED = {  # in config.json, if it is there: weights do not tell these
 TASKS = {"images": "ForImageClassification", "sentences": "ForSequenceClassification", None: "Model"}
 TASKS |= {"letters": "ForCTC", "sounds": "ForAudioFrameClassification"}
 PIXELS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # as data/images.py
+WORDS = {"add_prefix_space": False, "do_lower_case": False}
 IMAGES = {"image_processor_type": "BeitImageProcessor", "do_center_crop": False}
 WAVES = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True}
-
-
-# ---- theirs -> ours --------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
@@ -111,8 +109,8 @@ def read(folder: Path) -> dict:
     student = rename(weights, encoder, head, NOT_USED, folder)
     left = {name.partition(".")[0] for name in weights if re.fullmatch(NOT_USED, name)}
     notes = [f"left out: {name}" for name in sorted(left)]
-    prepared = read_json(folder / "preprocessor_config.json")
-    for name, value in (PIXELS | {"do_normalize": True}).items():
+    prepared = read_json(folder / "preprocessor_config.json") | read_json(folder / "tokenizer_config.json")
+    for name, value in (PIXELS | {"do_normalize": True} | WORDS).items():
         if prepared.get(name, value) != value:
             notes.append(f"{name} of its inputs is {prepared[name]}, of ours {value}")
     config = {"heads": about["num_attention_heads"], "norm_eps": about["layer_norm_eps"]}
@@ -126,6 +124,9 @@ def read(folder: Path) -> dict:
         types = weights.get("embeddings.token_type_embeddings.weight", torch.zeros(1, 1))
         tokens = student["encoder.embed.tokens.weight"]
         student["encoder.embed.tokens.weight"] = tokens + types[0]  # ours are all of the first type
+        room = len(student["encoder.embed.positions.weight"]) - 2
+        if prepared.get("model_max_length", room) < room:
+            notes.append(f"model_max_length of its inputs is {prepared['model_max_length']}, of ours {room}")
     else:
         task, config["deep_norm"] = "sounds", False
     if encoder is AUDIO and "lm_head.weight" in weights:
@@ -141,12 +142,9 @@ def read(folder: Path) -> dict:
     return complete(state | {"origin": f"folder of transformers, {kind}", "notes": notes}, folder)
 
 
-# ---- ours -> theirs --------------------------------------------------------------------------------------
-
-
 def write(state: dict, folder: Path, network: str = "student") -> None:
     """A state -> a new folder for from_pretrained(), without the head of pre-training. Raises UserError."""
-    from safetensors.torch import save_file  # optional
+    from safetensors.torch import save as serialize  # optional
 
     config, weights, task = state["config"], state[network], state.get("task")
     require(not folder.exists(), f"{folder}: exists; choose a new folder")
@@ -172,11 +170,13 @@ def write(state: dict, folder: Path, network: str = "student") -> None:
         require(theirs or name.startswith("head."), f"{name}: transformers has no place for this weight")
         if theirs:
             new[theirs] = tensor.float().clone().contiguous()
-    folder.mkdir(parents=True)
-    save_file(new, folder / "model.safetensors", {"format": "pt"})
-    for name, content in {"config.json": about, **files}.items():
-        content = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
-        (folder / name).write_text(content, encoding="utf-8")
+    with whole(folder) as place:
+        place.mkdir()
+        (place / "model.safetensors").write_bytes(serialize(new, {"format": "pt"}))
+        for name, content in {"config.json": about, **files}.items():
+            if not isinstance(content, str):
+                content = json.dumps(content, indent=2, ensure_ascii=False)
+            (place / name).write_text(content, encoding="utf-8")
 
 
 def vision_folder(state: dict, weights: dict) -> tuple[dict, dict, dict, dict]:

@@ -9,7 +9,7 @@ import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from common import UserError, require, run
+from common import UserError, require, run, whole
 from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
@@ -57,9 +57,9 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
         if len(runs) > 1:
             handles = panel.get_legend_handles_labels()
             figure.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
         undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
-        figure.savefig(path, dpi=150, metadata=dict.fromkeys(undated))
+        with whole(path) as place:
+            figure.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
 
 
 def main() -> None:

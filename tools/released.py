@@ -12,8 +12,6 @@ import torch
 
 from common import UserError, require
 
-# ---- safe loading ----------------------------------------------------------------------------------------
-
 
 class Foreign:
     """Stands for any class or function that a file names: keeps the state of an object, does nothing."""
@@ -132,8 +130,6 @@ def our_names(weights: dict, kind: str, path="released checkpoint") -> dict[str,
     return rename(weights, encoder, head, NOT_USED, path)
 
 
-# ---- options and a whole file ----------------------------------------------------------------------------
-
 OPTIONS = {"average_top_k_layers": "top_k", "loss_beta": "beta", "encoder_attention_heads": "heads"}
 OPTIONS |= {"l1_beta": "beta", "ema_decay": "tau_0", "ema_end_decay": "tau_e"}
 
@@ -185,9 +181,6 @@ def read(file: dict, path) -> dict:
     classes = table(table(file.get("task_state")).get("target_dictionary")).get("symbols")
     state = {"student": student, "teacher": teacher, "config": config, "task": task, "classes": classes}
     return complete(state | {"origin": f"released {kind} checkpoint"}, path)
-
-
-# ---- what files of others lack ---------------------------------------------------------------------------
 
 
 def sizes_of(weights: dict, path) -> dict:

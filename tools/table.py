@@ -51,9 +51,8 @@ def main() -> None:
     keys = choose_keys(args.keys, sum(rows.values(), []))
     print("| run | " + " | ".join(keys) + " |\n|---|" + "---:|" * len(keys))
     for name, runs in rows.items():
-        print(
-            f"| {name} | " + " | ".join(cell([run[key] for run in runs if key in run]) for key in keys), "|"
-        )
+        cells = (cell([run[key] for run in runs if key in run]) for key in keys)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
