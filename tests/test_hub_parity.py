@@ -287,6 +287,34 @@ def test_their_processors_prepare_pixels_and_waves_and_spell_letters_as_ours(tmp
     assert tokenizer.decode(best) == letters.decode_greedy(scores, letters.LETTERS)[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("prepared", [
+    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, {}, {"image_mean": [0.1, 0.7, 0.4]},
+    {"do_normalize": False}, {"do_rescale": False, "image_mean": [128, 120, 100], "image_std": [60, 61, 62]},
+    {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+], ids=str)  # fmt: skip
+def test_pixels_may_be_normalised_in_any_way(tmp_path, prepared, file, caplog, capsys):
+    """Their processor and model give what ours do, and so does what ours are written to."""
+    rng = draw("vision", 300)
+    model = their_vision(rng, 1)
+    model.save_pretrained(tmp_path / "hub")
+    prepared = {"image_processor_type": "BeitImageProcessor", **prepared, "do_center_crop": False}
+    prepared["size"] = {"height": model.config.image_size, "width": model.config.image_size}
+    nested = {"image_processor": prepared} if file == "processor_config.json" else prepared
+    (tmp_path / "hub" / file).write_text(json.dumps(nested))
+    state = convert.read(tmp_path / "hub")
+    assert f"'do_center_crop': False, 'size': {prepared['size']}" in capsys.readouterr().out
+    hub.write(state, tmp_path / "back")
+    picture = rng.integers(256, size=(*prepared["size"].values(), 3), dtype=np.uint8)
+    ours = model_of(state, target="block")(images.normalise(images.to_tensor(picture))[None])
+    for folder in ("hub", "back"):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / folder)
+        pixels = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+        close(ours, load_theirs(CLASSES["images"], tmp_path / folder, caplog)(pixels).logits, folder)
+    assert_same(convert.read(tmp_path / "back")["student"], state["student"])
+
+
 def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     sentences = ["the cat sat on the mat", "Then  it's 42 rats, and\na naïve hat ☃!", "that fat rat"]
     vocabulary = text.train_vocabulary(sentences * 3, 290)
