@@ -290,11 +290,12 @@ class Images(Task):
 
     def setup(self):
         cfg = self.cfg
-        train, val = images.open_data(cfg.data)
+        train, val = images.open_data(cfg.data, self.tuned or ())
         usable = len(train.classes) > 1 and min(train.labels + val.labels) >= 0
         require(usable, f"--data {cfg.data}: train/ and val/ must hold the same class folders, at least two")
-        if self.tuned == [str(i) for i in range(len(train.classes))]:
-            self.tuned = train.classes  # a released file numbers its classes, in the order of their names
+        if self.tuned == [str(i) for i in range(len(train.classes))] != train.classes:
+            self.tuned, first = train.classes, ", ".join(train.classes[:9])
+            common.say(f"--init {cfg.init}: no class names; taken in the order of the folders: {first} ...")
         self.build(train.classes)
         self.train = train.part(label_subset(train.labels, cfg.label_fraction, cfg.seed))
         self.dataset = images.Views(self.train, partial(augment, cfg), cfg.seed)

@@ -5,6 +5,7 @@ python -m data.images cifar10 --out DIR    downloads CIFAR-10 to DIR/{train,val}
 
 import argparse
 import contextlib
+import glob
 import math
 import os
 import tarfile
@@ -16,13 +17,14 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from common import require, run
+from common import require, run, say
 from data import synthetic
 from data.download import download
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+HELD_OUT = ("val", "valid", "validation", "dev", "test")  # folders, in any case, the first choice first
 GREY = (124, 116, 104)  # the mean as a colour
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the version without pickle
 
@@ -44,20 +46,28 @@ class ImageSet:
         return ImageSet(self.classes, [self.labels[i] for i in indices], [self.files[i] for i in indices])
 
 
-def open_data(path):
+def open_data(path, order=()):
     """-> (train, val): ImageSets of path/{train,val}/CLASS/**, classes as in train; "": synthetic images.
-    Without images in val/, every 20th of train is held out. Raises UserError."""
+    val: the first folder of HELD_OUT with images of these classes, else every 20th of train; a line says it.
+    Classes are sorted, or in this order if it has the same names. Raises UserError."""
     if not path:
         return [ImageSet(*split) for split in synthetic.images()]
-    train, val = find_images(os.path.join(path, "train")), find_images(os.path.join(path, "val"))
+    folders = {name[:-1].lower(): name[:-1] for name in sorted(glob.glob("*/", root_dir=path))}
+    source = folders.get("train", folders.get("training", "train"))
+    train = find_images(os.path.join(path, source))
     classes = sorted({name for _, name in train} - {"."}) or ["."]
-    if not val:
-        val = train[::20]
+    labels = {name: i for i, name in enumerate(order if sorted(order) == classes else classes)}
+    for used in (folders[name] for name in HELD_OUT if name in folders):
+        val = find_images(os.path.join(path, used))
+        if any(name in labels or classes == ["."] for _, name in val):
+            break
+    else:
+        used, val = f"every 20th image of {source}", train[::20]
         del train[::20]
     require(train, f"--data {path}: no images in train/CLASS/, or too few ({' '.join(EXTENSIONS)})")
-    labels = {name: i for i, name in enumerate(classes)}
+    say(f"--data: held out is {used}; not used: {sorted({*folders.values()} - {source, used})}")
     return [
-        ImageSet(classes, [labels.get(name, -1) for _, name in split], [file for file, _ in split])
+        ImageSet([*labels], [labels.get(name, -1) for _, name in split], [file for file, _ in split])
         for split in (train, val)
     ]
 
@@ -68,9 +78,8 @@ def find_images(folder):
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         class_name = os.path.relpath(parent, folder).split(os.sep)[0]
-        for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                found.append((os.path.join(parent, name), class_name))
+        names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        found += [(os.path.join(parent, name), class_name) for name in names]
     return sorted(found)
 
 
@@ -80,7 +89,10 @@ def load_image(file):
         return Image.fromarray(file)
     try:
         with Image.open(file) as img:
+            cut = img.mode[0] not in "IF" and ";16" in str(img.tile)  # 16-bit colours: Pillow keeps 8 bits
             img.load()
+            if cut and max(high for _, high in img.convert("RGB").getextrema()) < 16:
+                raise ValueError("12-bit colours in 16 bits; save them with 8")
             with contextlib.suppress(Exception):  # the pixels can be fine when the EXIF is not
                 img = ImageOps.exif_transpose(img)
             return to_rgb(img)
@@ -89,13 +101,15 @@ def load_image(file):
 
 
 def to_rgb(img):
-    """Any mode -> RGB; convert() alone clips 16-bit grey and shows what is transparent."""
+    """Any mode -> RGB; convert() alone clips 16-bit grey and shows what is transparent.
+    Greys keep the upper 8 of the 8, 10, 12, 14 or 16 bits that hold them; black is 0, or the lowest below."""
     if img.mode[0] in "IF":  # one channel of 16-bit, 32-bit or real numbers
         x = np.nan_to_num(np.asarray(img, np.float64), posinf=0, neginf=0)
-        low, high = 0, 1 if img.mode == "F" else 65535
-        if x.min() < low or x.max() > high:  # not the usual range
-            low, high = x.min(), x.max()
-        img = Image.fromarray(np.rint((x - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+        x -= min(0, x.min())
+        white, most = (1, x.max() / 1.1) if img.mode == "F" else (256, x.max())  # real ones may overshoot
+        while most > white:
+            white *= 4
+        img = Image.fromarray((x * (256 / white)).clip(0, 255).astype(np.uint8))
     elif img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+import common
 import finetune
 import train_text
 import train_vision
@@ -13,8 +14,19 @@ from common import UserError
 from data import text
 from model import Teacher
 from tests.checkpoints import build, config_of, golden, model_of, released, write_gpt2_files
-from tests.helpers import FAST, SCRIPTS, assert_same, call, done, refused, write_sentences, write_text
-from tools import convert, hub
+from tests.helpers import (
+    FAST,
+    SCRIPTS,
+    TINY,
+    assert_same,
+    call,
+    checkpoint,
+    done,
+    refused,
+    write_sentences,
+    write_text,
+)
+from tools import convert, embed, hub
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +81,19 @@ def test_what_cannot_be_read_or_written_is_one_line(files, tmp_path):
     assert "text.pt" in refused(call(convert, good, tmp_path / "text.pt" / "ours.pt"))
     assert "exists" in refused(call(convert, good, files["vision", "hub"]))
     assert "teacher" in refused(call(convert, tmp_path / "tuned.pt", tmp_path / "x", "--network", "teacher"))
+
+
+def test_what_a_file_leaves_out_is_printed_wherever_it_is_read(finished, data, tmp_path, monkeypatch, capsys):
+    path, picture = tmp_path / "noted.pt", data / "vision/val/cat/00.png"
+    torch.save(checkpoint(finished["vision"]) | {"notes": ["left out: pooler"]}, path)
+    flags = "--data", data / "vision", "--init", path, "--steps", 1, "--out"
+    runs = [(train_vision, *TINY["vision"], *flags, tmp_path / "pre"), (convert, path, tmp_path / "y.pt")]
+    runs += [(finetune, *FAST.split(), "--global_batch", 2, *flags, tmp_path / "tuned")]
+    runs += [(embed, "--init", path, picture, "--out", tmp_path / "x.npy")]
+    for script, *more in runs:
+        assert done(call(script, *more)).count(f"{path}: left out: pooler\n") == 1, script
+    monkeypatch.setattr(common, "first_process", lambda: False)
+    assert convert.read(path)["notes"] and not capsys.readouterr().out
 
 
 # ---- into a model ----------------------------------------------------------------------------------------

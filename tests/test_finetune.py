@@ -196,6 +196,33 @@ def test_a_finetuned_file_keeps_its_head_for_its_own_classes_alone(learned):
         assert name.startswith(("norm", "out")) or torch.equal(tensor, weights[name])
 
 
+def test_classes_of_the_same_names_are_matched_by_name(learned, tune, tmp_path):
+    """Outputs in another order than the folders are evaluated, resumed and tuned further as they are."""
+    folder, state = shutil.copytree(learned[0], tmp_path / "turned"), checkpoint(learned[0])
+    state["classes"] = state["classes"][::-1]
+    for name in ("out.weight", "out.bias"):
+        state["student"][name] = state["student"][name].flip(0)
+    torch.save(state, folder / "ckpt.pt")
+    done(tune("--eval_only --data", learned[1], init=folder / "ckpt.pt", out="eval"))
+    assert results(tmp_path / "eval")["top1"] == results(learned[0])["top1"] > 0.9
+    done(tune(STILL, "--data", learned[1], init=folder / "ckpt.pt", out="still"))
+    done(call(finetune, "--out", folder, "--resume", "--steps", 41, "--lr", 0))
+    for name in ("still", "turned"):
+        assert checkpoint(tmp_path / name)["classes"] == ["red", "blue"]
+        assert results(tmp_path / name)["top1"] == results(learned[0])["top1"]
+
+
+def test_folders_that_are_numbers_are_matched_by_number(finished, tmp_path, capsys):
+    names, init = [str(i) for i in range(12)], str(finished["vision"] / "ckpt.pt")
+    data, head = write_pictures(tmp_path / "data", names, 2, 1), built(names, init=init).state_dict()
+    state = checkpoint(finished["vision"]) | {"student": head, "task": "images", "classes": names}
+    torch.save(state, tmp_path / "ckpt.pt")
+    task = task_of(init=str(tmp_path / "ckpt.pt"), data=str(data), eval_only=True)
+    task.setup()
+    assert task.classes == names and "order" not in capsys.readouterr().out
+    assert_same(task.model.state_dict(), head)
+
+
 def test_another_image_size_interpolates_the_positions(tune, tmp_path):
     done(tune("--image_size 24 --steps 3"))
     state = checkpoint(tmp_path / "run")
@@ -218,7 +245,8 @@ def test_a_released_classifier_predicts_and_is_evaluated(tune, tmp_path):
         label = (best[0] + (i == 5)) % 10
         hits = [hits[0] + (label == best[0]), hits[1] + (label in best)]
         path.rename(data / "val" / names[label] / f"{i}-moved.png")
-    done(tune("--eval_only --data", data, init=released))
+    printed = done(tune("--eval_only --data", data, init=released))
+    assert f"{released}: no class names; taken in the order of the folders: n00, n01, " in printed
     numbers = results(tmp_path / "run")
     assert hits[0] == 9 and [numbers["top1"], numbers["top5"]] == pytest.approx([0.9, hits[1] / 10])
 

@@ -288,6 +288,34 @@ def test_their_processors_prepare_pixels_and_waves_and_spell_letters_as_ours(tmp
     assert tokenizer.decode(best) == letters.decode_greedy(scores, letters.LETTERS)[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("prepared", [
+    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, {}, {"image_mean": [0.1, 0.7, 0.4]},
+    {"do_normalize": False}, {"do_rescale": False, "image_mean": [128, 120, 100], "image_std": [60, 61, 62]},
+    {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+], ids=str)  # fmt: skip
+def test_pixels_may_be_normalised_in_any_way(tmp_path, prepared, file, caplog, capsys):
+    """Their processor and model give what ours do, and so does what ours are written to."""
+    rng = draw("vision", 300)
+    model = their_vision(rng, 1)
+    model.save_pretrained(tmp_path / "hub")
+    prepared = {"image_processor_type": "BeitImageProcessor", **prepared, "do_center_crop": False}
+    prepared["size"] = {"height": model.config.image_size, "width": model.config.image_size}
+    nested = {"image_processor": prepared} if file == "processor_config.json" else prepared
+    (tmp_path / "hub" / file).write_text(json.dumps(nested))
+    state = convert.read(tmp_path / "hub")
+    assert f"'do_center_crop': False, 'size': {prepared['size']}" in capsys.readouterr().out
+    hub.write(state, tmp_path / "back")
+    picture = rng.integers(256, size=(*prepared["size"].values(), 3), dtype=np.uint8)
+    ours = model_of(state, target="block")(images.normalise(images.to_tensor(picture))[None])
+    for folder in ("hub", "back"):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / folder)
+        pixels = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
+        close(ours, load_theirs(CLASSES["images"], tmp_path / folder, caplog)(pixels).logits, folder)
+    assert_same(convert.read(tmp_path / "back")["student"], state["student"])
+
+
 def test_their_tokenizer_reads_our_vocabulary(tmp_path):
     sentences = ["the cat sat on the mat", "Then  it's 42 rats, and\na naïve hat ☃!", "that fat rat"]
     vocabulary = text.train_vocabulary(sentences * 3, 290)
@@ -328,9 +356,9 @@ def test_tokenizer_json_alone(tmp_path, form):
     config = transformers.RobertaConfig(vocab_size=512, pad_token_id=1, max_position_embeddings=34, **sizes)
     model = transformers.RobertaModel(config).eval()
     model.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 20, "do_lower_case": true}')
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     state, size = convert.read(tmp_path), theirs.get_vocab_size()
-    for note in (f"{512 - size} tokens", "model_max_length of its inputs is 20, of ours 32", "do_lower_case"):
+    for note in (f"{512 - size} tokens", "do_lower_case"):
         assert note in " ".join(state["notes"])
     vocabulary = text.Vocabulary.parse(state["vocabulary"])
     assert len(lines) > 200 and all(vocabulary.encode(line) == theirs.encode(line).ids for line in lines)

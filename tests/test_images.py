@@ -3,8 +3,10 @@
 import functools
 import io
 import pickle
+import struct
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+import common
 from common import UserError
 from data import images, sampling, synthetic
 
@@ -55,6 +58,42 @@ def test_greys_are_scaled_not_clipped(tmp_path):
     ):
         Image.fromarray(array).save(tmp_path / name)
         assert np.abs(load(tmp_path / name) - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_greys_are_scaled_by_the_bits_that_they_use(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 4096).round().reshape(64, 64)
+    for scale in (1, 0.6):  # not by the maximum of the picture
+        for name, kind in (("a.png", "u2"), ("a.tif", ">u2"), ("b.tif", "i4"), ("c.tif", "f4")):
+            Image.fromarray((ramp * scale).astype(kind)).save(tmp_path / name)
+            expected = (ramp * scale).astype(kind) // 2 ** (bits - 8)
+            assert np.array_equal(load(tmp_path / name)[..., 0], expected), name
+
+
+@pytest.mark.parametrize("low, high, black, white", [
+    (0, 1.05, 0, 255), (-0.03, 1.02, 0, 255), (0, 0.5, 0, 128), (0, 258.0, 0, 255), (0, 300.0, 0, 75),
+    (-1024, 3071, 0, 255), (-3, 3000, 0, 187), (0, 70_000, 0, 68), (0, 9, 0, 9), (7, 7, 7, 7),
+])  # fmt: skip
+def test_other_greys_are_scaled_too(tmp_path, low, high, black, white):
+    x = np.linspace(low, high, 4096).reshape(64, 64).astype("f4" if isinstance(high, float) else "i4")
+    Image.fromarray(x).save(tmp_path / "a.tif")
+    assert (load(tmp_path / "a.tif").min(), load(tmp_path / "a.tif").max()) == (black, white)
+
+
+def test_12_bit_colours_in_16_are_refused(tmp_path):
+    """Pillow reads the upper 8 bits of 16: 16 levels would be left."""
+    for bits in (16, 12):
+        x = np.linspace(0, 2**bits - 1, 4096).astype(">u2").reshape(64, 64, 1).repeat(3, 2)
+        head, content = (
+            struct.pack(">2I5B", 64, 64, 16, 2, 0, 0, 0),
+            b"".join(b"\0" + row.tobytes() for row in x),
+        )
+        chunks = [b"IHDR" + head, b"IDAT" + zlib.compress(content), b"IEND"]
+        chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        (tmp_path / f"{bits}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert len(np.unique(load(tmp_path / "16.png"))) == 256
+    with pytest.raises(images.BadImage, match="12-bit colours"):
+        images.load_image(tmp_path / "12.png")
 
 
 def test_transparency_becomes_white_and_cmyk_rgb(tmp_path):
@@ -119,6 +158,35 @@ def test_open_data(tmp_path):
     assert names == sorted(names)
     labels = {Path(file).name: label for file, label in zip(val.files, val.labels)}
     assert labels == {"1.png": 1, "2.TIF": 0, "3.webp": -1, "4.gif": -1}
+
+
+@pytest.mark.parametrize("folders, used, unused", [
+    ("train valid", "valid", ""), ("Train VALIDATION Test extra", "VALIDATION", "Test, extra"),
+    ("training test", "test", ""), ("train test dev", "dev", "test"), ("train val eval", "val", "eval"),
+    ("train val/empty test", "test", "val"), ("train test/unlabelled", "every 20th image of train", "test"),
+])  # fmt: skip
+def test_the_held_out_folder_is_found_and_said(tmp_path, capsys, monkeypatch, folders, used, unused):
+    for name in folders.split():
+        for i in range(21):
+            inside = {"val/empty": f"{name}/a/notes.txt", "test/unlabelled": f"test/{i}.png"}
+            folder(tmp_path, inside.get(name, f"{name}/{'ab'[i % 2]}/{i}.png"))
+    _, val = images.open_data(str(tmp_path))
+    assert {Path(file).relative_to(tmp_path).parts[0] for file in val.files} == {used.split()[-1]}
+    assert len(val) == (2 if used.startswith("every") else 21) and -1 not in val.labels
+    unused = [name for name in unused.split(", ") if name]
+    assert capsys.readouterr().out == f"--data: held out is {used}; not used: {unused}\n"
+    monkeypatch.setattr(common, "first_process", lambda: False)
+    images.open_data(str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_classes_are_in_the_order_that_is_given_if_they_are_the_same(tmp_path):
+    folder(tmp_path, *(f"{split}/{i}/a.png" for split in ("train", "val") for i in (*range(11), 100)))
+    order = ["2", *map(str, (0, 1, *range(3, 11))), "100"]
+    for part in images.open_data(str(tmp_path), order):
+        assert part.classes == order
+        assert [order[label] for label in part.labels] == [Path(file).parent.name for file in part.files]
+    assert images.open_data(str(tmp_path), order[1:])[0].classes == sorted(order)
 
 
 def test_open_data_without_val(tmp_path):

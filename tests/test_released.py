@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common import UserError
-from data import text
+from data import images, text
 from model import Teacher
 from tests.checkpoints import NAMES, golden, model_of, options, released, write_gpt2_files
 from tests.helpers import call, refused
@@ -108,6 +108,21 @@ def test_pre_trained(save, library, kind, form, legacy):
     if kind != "vision":
         assert config["top_k"] == said["average_top_k_layers"] and config["beta"] == said["loss_beta"]
         assert config["norm"] == ("instance" if kind == "speech" else "layer")
+
+
+@torch.no_grad()
+def test_pixels_of_another_normalisation_are_folded_in(save):
+    """BEiT's scripts take a mean and a std of 0.5 unless they are told to take ImageNet's."""
+    file, whole = golden("vision"), released("vision")
+    whole["args"].imagenet_default_mean_and_std = False
+    state = convert.read(save(whole))
+    student = model_of(state)
+    teacher = Teacher(student.encoder)
+    convert.load_encoder(teacher, state, "file", "teacher")
+    ours = images.normalise(255 * (0.5 + 0.5 * file["input"]["image"]))
+    close(student(ours, file["mask"])[0], file["pred"])
+    for layer, theirs in zip(teacher(ours)[-len(file["teacher_layers"]) :], file["teacher_layers"]):
+        close(layer, theirs)
 
 
 def test_the_vocabulary_is_taken_from_beside_the_file(save, tmp_path):

@@ -304,7 +304,7 @@ WRONG_IN = {
 @every_kind
 def test_wrong_options_and_folders_without_data_are_one_line(train, tmp_path, kind):
     for flags in f"{WRONG},{WRONG_IN[kind]}".split(","):
-        line = refused(train(kind, flags), by=f"train_{kind}.py: ", silent=True)
+        line = refused(train(kind, flags), by=f"train_{kind}.py: ")
         assert flags.split()[0] in line or "dev-other" in line, line
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):

@@ -1,9 +1,7 @@
 """Checkpoints in and out: released data2vec weights, folders of the transformers library, and ours.
 
-    python -m tools.convert IN OUT.pt     a released .pt or .pth, or a folder -> a checkpoint of ours
-    python -m tools.convert IN OUT        any of these -> a folder for from_pretrained()
-
---init of all scripts takes every one of them as it is; this command keeps the result.
+python -m tools.convert IN OUT.pt     a released .pt or .pth, or a folder -> a checkpoint of ours
+python -m tools.convert IN OUT        any of these -> a folder for from_pretrained()
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -27,7 +25,7 @@ def read(path) -> dict:
     config            sizes and targets, under the names of the train scripts' options
     classes, task     if fine-tuned: names of the outputs; images, letters, sounds or sentences
     vocabulary        text: what Vocabulary.parse takes, if the file has it or its files are beside it
-    origin, notes     what it is; what was left out
+    origin, notes     what it is; what was left out or differs, which is printed
     fresh             parts that it lacks by design: the head of pre-training
     """
     path = Path(path)
@@ -42,6 +40,8 @@ def read(path) -> dict:
         raise
     except Exception as error:  # what others wrote, or damage, can fail in any way
         raise UserError(f"{path}: not a checkpoint that can be read ({error!r:.150})") from error
+    for note in state["notes"]:
+        common.say(f"{path}: {note}")
     return state
 
 
@@ -136,8 +136,7 @@ def main():
         common.save(args.target, state)
     else:
         hub.write(state, args.target, args.network)
-    for line in [f"{args.source}: {state['origin']}", *state["notes"], f"-> {args.target}"]:
-        print(line)
+    print(f"{args.source}: {state['origin']}\n-> {args.target}")
 
 
 if __name__ == "__main__":

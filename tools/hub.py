@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common import require, whole
 from data import text
 from tools import released
-from tools.released import KERNELS, complete, rename, translate
+from tools.released import KERNELS, PIXELS, complete, rename, translate
 
 # ---- names: theirs -> ours; {} is the first number in a name -----------------------------------------------
 
@@ -69,8 +69,6 @@ EXPECTED = {  # in config.json, if it is there: weights do not tell these
 }  # fmt: skip
 TASKS = {"images": "ForImageClassification", "sentences": "ForSequenceClassification", None: "Model"}
 TASKS |= {"letters": "ForCTC", "sounds": "ForAudioFrameClassification"}
-PIXELS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # as data/images.py
-WORDS = {"add_prefix_space": False, "do_lower_case": False}
 IMAGES = {"image_processor_type": "BeitImageProcessor", "do_center_crop": False}
 WAVES = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True}
 
@@ -107,28 +105,32 @@ def read(folder: Path) -> dict:
         require(given == value, f"{folder}: has {name} {given} in config.json; only {value} can be read")
     weights = {name.removeprefix(prefix): tensor for name, tensor in load_weights(folder).items()}
     student = rename(weights, encoder, head, NOT_USED, folder)
-    left = {name.partition(".")[0] for name in weights if re.fullmatch(NOT_USED, name)}
+    left = {name.split(".")[0] for name in weights if not translate(name, head)} & {"pooler", "lm_head"}
     notes = [f"left out: {name}" for name in sorted(left)]
-    prepared = read_json(folder / "preprocessor_config.json") | read_json(folder / "tokenizer_config.json")
-    for name, value in (PIXELS | {"do_normalize": True} | WORDS).items():
-        if prepared.get(name, value) != value:
-            notes.append(f"{name} of its inputs is {prepared[name]}, of ours {value}")
+    prepared = read_json(folder / "processor_config.json").get("image_processor")
+    prepared = prepared or read_json(folder / "preprocessor_config.json")
     config = {"heads": about["num_attention_heads"], "norm_eps": about["layer_norm_eps"]}
     labels = about.get("id2label", {"0": "LABEL_0"})
     classes = None if labels["0"] == "LABEL_0" else [labels[str(i)] for i in range(len(labels))]
     if encoder is VISION:
         task, config["image_size"] = "images", about["image_size"]
         require(isinstance(about["image_size"], int), f"{folder}: only square images can be read")
+        released.fold_pixels(student, prepared or PIXELS)
+        size = {name: value for name, value in prepared.items() if re.search("size|crop|resample", name)}
+        if "data2vec" not in about:  # it is not from write()
+            notes.append(f"made for pictures of {size or 'unknown size'}; ours: the middle square, bicubic")
     elif encoder is TEXT:
         task = "sentences"
         types = weights.get("embeddings.token_type_embeddings.weight", torch.zeros(1, 1))
         tokens = student["encoder.embed.tokens.weight"]
         student["encoder.embed.tokens.weight"] = tokens + types[0]  # ours are all of the first type
-        room = len(student["encoder.embed.positions.weight"]) - 2
-        if prepared.get("model_max_length", room) < room:
-            notes.append(f"model_max_length of its inputs is {prepared['model_max_length']}, of ours {room}")
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        wishes = [name for name in ("add_prefix_space", "do_lower_case") if tokenizer.get(name)]
+        notes += [f"made for text with {name}; ours is without" for name in wishes]
     else:
         task, config["deep_norm"] = "sounds", False
+        if not prepared.get("do_normalize", True):
+            notes.append("made for waves as loud as they are; ours have a variance of 1")
     if encoder is AUDIO and "lm_head.weight" in weights:
         symbols = {i: symbol for symbol, i in read_json(folder / "vocab.json").items()}
         space = read_json(folder / "tokenizer_config.json").get("word_delimiter_token", "|")

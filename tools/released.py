@@ -82,6 +82,7 @@ KINDS = {  # a weight that tells; names of the encoder, of heads; prefix that is
 NOT_USED = r"(.*\.)?(relative_position_index|version)|lm_head\..*"  # the last predicts words (RoBERTa's)
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]  # of released CTC models
 KERNELS = [10, 3, 3, 3, 3, 2, 2]  # of the convolutions
+PIXELS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # as data/images.py
 
 
 def translate(name: str, names: dict[str, str]) -> str | None:
@@ -130,6 +131,18 @@ def our_names(weights: dict, kind: str, path="released checkpoint") -> dict[str,
     return rename(weights, encoder, head, NOT_USED, path)
 
 
+def fold_pixels(weights: dict, prepared: dict) -> None:
+    """Vision: the embedding of pixels as a preprocessor_config.json has them becomes that of ours."""
+    scale = prepared.get("rescale_factor", 1 / 255) if prepared.get("do_rescale", True) else 1
+    pixels = [prepared.get(name, 0.5) for name in PIXELS] if prepared.get("do_normalize", True) else [0, 1]
+    values = (torch.tensor(value).double().view(-1, 1, 1) for value in (*PIXELS.values(), *pixels))
+    our_mean, our_std, mean, std = values
+    weight, bias = (weights[f"encoder.embed.proj.{part}"] for part in ("weight", "bias"))
+    weights["encoder.embed.proj.weight"] = (weight * (255 * scale * our_std / std)).float()
+    offset = (255 * scale * our_mean - mean) / std
+    weights["encoder.embed.proj.bias"] = bias + (weight * offset).sum((1, 2, 3)).float()
+
+
 OPTIONS = {"average_top_k_layers": "top_k", "loss_beta": "beta", "encoder_attention_heads": "heads"}
 OPTIONS |= {"l1_beta": "beta", "ema_decay": "tau_0", "ema_end_decay": "tau_e"}
 
@@ -171,6 +184,9 @@ def read(file: dict, path) -> dict:
     if ema:  # what is not averaged is the student's
         both = {name: t for name, t in student.items() if ".blocks." not in name} | our_names(ema, kind, path)
         teacher = {name: tensor for name, tensor in both.items() if name.startswith("encoder.")}
+    if not options.get("imagenet_default_mean_and_std", True):  # BEiT's scripts: mean and std of 0.5
+        for weights in filter(None, (student, teacher)):
+            fold_pixels(weights, {"image_mean": 0.5, "image_std": 0.5})
     config = {ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options}
     for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
         if f"layer_{flag}" in options:
