@@ -208,7 +208,7 @@ def test_events(tmp_path):
     assert audio.open_events(root, ["other.csv"], show=False)[1].lengths.tolist() == [
         1004
     ]  # 1002 is in valid
-    assert audio.open_events(root, ["valid"], show=False)[1].lengths.tolist() == [1003, 1002]
+    assert audio.open_events(root, ["valid"], ["valid"], show=False)[1].lengths.tolist() == [1003, 1002]
     sets = audio.open_data(root, min_seconds=1001 / 16000, show=False)  # pre-training looks at no events
     assert [s.lengths.tolist() for s in sets] == [[1001], [1003, 1002]]
     assert {text for s in sets for text in s.transcripts} == {""}

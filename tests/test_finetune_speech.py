@@ -23,7 +23,6 @@ CLASSES = ["has S", "has M", "has K", "long"]
 FLAGS = f"""--preset speech_smoke {FAST} --steps 4 --batch_seconds 8 --max_samples 64000 --label_fraction 1
     --lr 0.01 --channel_p 0.2 --ffn_dropout 0 --warmup 0.1"""
 PLAIN, STILL = "--mask_p 0 --channel_p 0", "--steps 1 --lr 0"
-ALONE = "--max_samples 400"  # evaluates one recording after the other, without padding
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +149,9 @@ def test_the_loss_is_a_mean_over_the_batch_however_it_is_split(run, tmp_path, ta
 def test_spans_of_frames_and_channels_are_hidden_in_training_alone(monkeypatch, run, tmp_path):
     seen = []
 
-    def forward(self, waves, samples, mask=None, channels=None, real=finetune.FrameClassifier.forward):
-        seen.append((self.training, self.encoder.embed.frames(samples), mask, channels))
+    def forward(self, waves, samples=None, mask=None, channels=None, real=finetune.FrameClassifier.forward):
+        frames = None if samples is None else self.encoder.embed.frames(samples)
+        seen.append((self.training, frames, mask, channels))
         return real(self, waves, samples, mask, channels)
 
     monkeypatch.setattr(finetune.FrameClassifier, "forward", forward)
@@ -258,7 +258,7 @@ def test_a_damaged_recording_is_named_and_not_measured(speech, run, learned, tmp
     code, out, err = run("--task", task, "--steps 12 --probe_every 4 --data", data, "--out", tmp_path / "run")
     assert code == 0 and all((out + err).count(path.name) == 1 for path in damaged), err
     assert results(tmp_path / "run")["skipped_files"] == 2
-    flags = f"--eval_only {ALONE} --data"
+    flags = "--eval_only --data"
     done(run(flags, data, "--out", tmp_path / "eval", init=learned[task] / "ckpt.pt"))
     damaged[1].unlink()
     lines = (data / "valid.csv").read_text().splitlines()
@@ -268,7 +268,7 @@ def test_a_damaged_recording_is_named_and_not_measured(speech, run, learned, tmp
 
 
 def test_eval_only_measures_what_the_model_says(learned, speech, run, tmp_path):
-    done(run(f"--task images --eval_only {ALONE} --out", tmp_path / "run", init=learned["early"] / "ckpt.pt"))
+    done(run("--task images --eval_only --out", tmp_path / "run", init=learned["early"] / "ckpt.pt"))
     listen, held_out = listener(learned["early"], "letters"), audio.open_data(str(speech), show=False)[1]
     guesses = [letters.decode_greedy(listen(held_out.load(i)))[0] for i in range(len(held_out))]
     pairs, numbers = list(zip(held_out.transcripts, guesses)), results(tmp_path / "run")
@@ -307,7 +307,7 @@ def test_the_beam_search_uses_the_language_model(monkeypatch, learned, run, tmp_
     (tmp_path / "words.txt").write_text("SO ME\nME LU\n")
     source = "--input", tmp_path / "words.txt", "--order", 2
     done(call(letters, "arpa", *source, "--out", tmp_path / "lm.arpa"))
-    flags, early = f"--eval_only {ALONE} --beam 4", learned["early"] / "ckpt.pt"
+    flags, early = "--eval_only --beam 4", learned["early"] / "ckpt.pt"
     lm = "--lm", tmp_path / "lm.arpa", "--lm_weight 3 --word_score 0.5"
     done(run(flags, *lm, "--out", tmp_path / "lm", init=early))
     assert len(used) == 9 and set(used) == {(4, 2, 3.0, 0.5)}

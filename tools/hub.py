@@ -112,7 +112,7 @@ def read(folder: Path) -> dict:
     left = {name.partition(".")[0] for name in weights if re.fullmatch(NOT_USED, name)}
     notes = [f"left out: {name}" for name in sorted(left)]
     prepared = read_json(folder / "preprocessor_config.json")
-    for name, value in (PIXELS | {"do_normalize": True}).items():
+    for name, value in (PIXELS | {"do_normalize": True, "sampling_rate": 16000, "feature_size": 1}).items():
         if prepared.get(name, value) != value:
             notes.append(f"{name} of its inputs is {prepared[name]}, of ours {value}")
     config = {"heads": about["num_attention_heads"], "norm_eps": about["layer_norm_eps"]}
