@@ -8,7 +8,6 @@ python finetune.py --init BEST --predict FILES                        # or sente
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -333,7 +332,7 @@ class Speech(Task):  # recordings: padded in training, one at a time in evaluati
         cfg, self.valid, self.skipped = self.cfg, valid, train.skipped + valid.skipped + self.skipped
         self.train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
         alone = [(0, i, (i,)) for i in range(len(valid))]
-        self.held_out = {"": (audio.Batches(valid, 0, sys.maxsize, pad=True), alone)}
+        self.held_out = {"": (audio.Batches(valid, 0, 2**40, pad=True), alone)}
 
     def accumulation(self):
         return train_speech.micro_batch_count(self.cfg, self.world)
