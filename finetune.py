@@ -327,16 +327,14 @@ class Images(Task):
         return self.name_best(logits[0].float().softmax(-1))
 
 
-class Speech(Task):  # recordings, padded, similar lengths together
+class Speech(Task):  # recordings: padded in training, one at a time in evaluation
     modality, script, head = "speech", train_speech, FrameClassifier
 
     def use(self, train, valid):
         cfg, self.valid, self.skipped = self.cfg, valid, train.skipped + valid.skipped + self.skipped
         self.train = train.part(label_subset([0] * len(train), cfg.label_fraction, cfg.seed))
-        longest = int(valid.lengths.max())
-        groups = audio.length_groups(valid.lengths, cfg.max_samples, 0, 0, longest, sort=True)
-        keys = [(0, i, tuple(group.tolist())) for i, group in enumerate(groups)]
-        self.held_out = {"": (audio.Batches(valid, 0, longest, pad=True), keys)}
+        alone = [(0, i, (i,)) for i in range(len(valid))]
+        self.held_out = {"": (audio.Batches(valid, 0, 2**40, pad=True), alone)}
 
     def accumulation(self):
         return train_speech.micro_batch_count(self.cfg, self.world)
@@ -350,25 +348,25 @@ class Speech(Task):  # recordings, padded, similar lengths together
     def logits(self, network, waves, samples, rng):
         """waves (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), with hidden spans."""
         cfg, encoder = self.cfg, self.model.encoder
-        frames, widths = encoder.embed.frames(samples).numpy(), np.full(len(waves), encoder.dim)
-        mask = channels = None
-        if cfg.mask_p:
-            mask = span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False)
-        if cfg.channel_p:
-            channels = span_mask(widths, cfg.channel_p, 64, rng, equal=False, min_spans=0)
+        frames, dims = encoder.embed.frames(samples).numpy(), np.full(len(waves), encoder.dim)
+        mask = span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False) if cfg.mask_p else None
+        channels = (
+            span_mask(dims, cfg.channel_p, 64, rng, equal=False, min_spans=0) if cfg.channel_p else None
+        )
         logits, frames = self.call(network, waves, samples, mask, channels)
         return logits.float(), frames
 
+    def hear(self, wave):
+        """(1, N), normalised -> logits (T, classes) float32; in evaluation as in prediction."""
+        return audio.in_windows(partial(self.call, self.model), wave)[0].float()
+
     def pairs(self, key, batch):
-        logits, frames = self.call(self.model, batch["source"], batch["lengths"])
-        loaded = batch["indices"].tolist()
-        for index, other, x, count in zip(key[2], loaded, logits.float(), frames.tolist()):
-            if index == other:  # otherwise it cannot be read, and another one replaces it
-                yield self.predict(x[:count]), self.valid.transcripts[index]
+        if key[2] == tuple(batch["indices"].tolist()):  # else it cannot be read, and another one replaces it
+            yield self.predict(self.hear(batch["source"])), self.valid.transcripts[key[2][0]]
 
     def answer(self, path):
         wave = torch.from_numpy(audio.normalise(audio.load_audio(path)))
-        return self.describe(self.call(self.model, wave[None])[0][0].float())
+        return self.describe(self.hear(wave[None]))
 
 
 class Letters(Speech):
@@ -378,18 +376,18 @@ class Letters(Speech):
 
     def setup(self):
         cfg, show = self.cfg, self.rank == 0
-        self.build(self.tuned or letters.LETTERS)
-        longest, frames = cfg.max_seconds * audio.RATE, self.model.encoder.embed.frames
         if cfg.eval_only and cfg.valid and cfg.data:  # no training data needed
             train = valid = audio.open_split(cfg.data, *cfg.valid, show=show)
         else:
             train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, show=show)
+        self.build(self.tuned or letters.alphabet(train.transcripts))
+        longest, frames = cfg.max_seconds * audio.RATE, self.model.encoder.embed.frames
         valid, self.skipped = letters.transcribed(valid, self.classes, math.inf)
         if not cfg.eval_only:
             train, left_out = letters.transcribed(train, self.classes, longest, frames)
             self.skipped += left_out
         self.use(train, valid)
-        self.lm = letters.ArpaLM.read(cfg.lm) if cfg.lm else None
+        self.lm = letters.ArpaLM.read(cfg.lm, self.classes) if cfg.lm else None
 
     def size(self, batch):
         return sum(len(self.train.transcripts[i]) + 1 for i in batch["indices"].tolist())  # "|" at the end

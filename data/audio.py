@@ -4,13 +4,18 @@ python -m data.audio librispeech --splits dev-clean test-clean --out DIR    writ
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import glob
+import io
 import itertools
 import math
 import os
+import re
 import tarfile
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 import soundfile
@@ -23,19 +28,49 @@ from data.download import download
 
 RATE = 16_000  # samples a second, of all waves
 MIN_SAMPLES = 400  # receptive field of the convolutions: a shorter wave has no frame
+STRIDE = 320  # samples from frame to frame
+WINDOW, OVERLAP = 3000, 250  # frames, of recordings that are heard in parts: 60 s, 5 s
 ENDINGS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 AUDIO_ERRORS = (OSError, RuntimeError, ValueError, MemoryError)  # of a recording that cannot be used
 
 
+class Endless(io.FileIO):
+    """Hides the size of a file: by it, libsndfile shortens a WAV, and guesses how long an MP3 is."""
+
+    def seek(self, offset, whence=0):
+        return super().seek(2**40) if (offset, whence) == (0, 2) else super().seek(offset, whence)
+
+
+def decode(path, count_only=False):
+    """-> (N,) float32, mono (mean of the channels), or N alone, by the header if it has it; its rate."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        head += file.read(2**20 if head[:3] == b"ID3" else 0)  # tags, perhaps with a picture
+    sized = any(mark in head for mark in (b"fLaC", b"OggS", b"Xing", b"Info", b"VBRI"))
+    opener, empty = open if sized else Endless, b"data" + bytes(4)
+    source = opener(path, "rb")
+    if head[:4] == b"RIFF" and empty in head:  # written to a pipe, and never completed
+        source = io.BytesIO(source.read().replace(empty, b"data" + b"\xff" * 4, 1))
+    with source, soundfile.SoundFile(source) as file:
+        file.seekable = lambda: False  # read on to the end, whatever the header says
+        promised = file.frames if file.frames * file.channels < 2**28 else 0  # more is a placeholder
+        if count_only and promised:
+            return promised, file.samplerate
+        size, blocks = 1152 if file.format == "MP3" else 2**16, []
+        with contextlib.suppress(soundfile.LibsndfileError if size == 1152 else ()):  # in a last, cut frame
+            while not blocks or len(blocks[-1]):
+                blocks.append(file.read(size, "float32", always_2d=True).mean(1))
+        x, rest = np.concatenate(blocks), os.path.getsize(path) - source.tell()
+    if len(x) < promised - file.samplerate / 4 or (sized and rest > 0.1 * os.path.getsize(path)):
+        raise ValueError(f"truncated, or several files in one: {len(x)} samples, and {rest} bytes are left")
+    return len(x) if count_only else x, file.samplerate
+
+
 def load_audio(path):
-    """-> (N,) float32, mono (mean of the channels), 16 kHz, as loud as the file. Raises AUDIO_ERRORS."""
-    with open(path, "rb"), soundfile.SoundFile(path) as file:  # open() tells better what is wrong
-        x = file.read(dtype="float32", always_2d=True)  # (N, channels)
-    if len(x) < file.frames and file.format != "MP3":  # an MP3 may only estimate its length
-        raise ValueError("truncated")
-    x = x.mean(1)
-    if file.samplerate != RATE:
-        x = resample(x, file.samplerate)
+    """-> (N,) float32, mono, 16 kHz, as loud as the file. Raises AUDIO_ERRORS."""
+    x, rate = decode(path)
+    if rate != RATE:
+        x = resample(x, rate)
     if len(x) < MIN_SAMPLES or x.min() == x.max() or not np.isfinite(x).all():
         raise ValueError("too short, silent, or with samples that are not finite")
     return x
@@ -67,6 +102,23 @@ def normalise(x):
     return ((x - x.mean()) / np.sqrt(x.var() + 1e-5)).astype(np.float32)
 
 
+def in_windows(network, wave):
+    """network(wave)[0], (1, N) -> (1, T, C). Attention needs memory for T^2, so that more than WINDOW frames
+    are computed in parts, each with OVERLAP more on both sides, which are dropped."""
+    frames, parts = (wave.shape[1] - MIN_SAMPLES) // STRIDE + 1, []
+    starts = range(0, max(1, frames - 2 * OVERLAP), WINDOW - 2 * OVERLAP)
+    for start in starts:
+        stop = None if start == starts[-1] else (start + WINDOW - 1) * STRIDE + MIN_SAMPLES
+        x = network(wave[:, start * STRIDE : stop])[0]
+        parts.append(x[:, OVERLAP if start else 0 : -OVERLAP if stop else None])
+    if len(parts) > 1:
+        print_once(f"recordings over {WINDOW / 50:g} s are cut into parts of that length, which overlap")
+    return torch.cat(parts, 1)
+
+
+print_once = functools.cache(tqdm.write)
+
+
 @dataclass
 class Utterances:
     names: list
@@ -91,8 +143,8 @@ class Utterances:
 def open_data(root, train=(), valid=(), min_seconds=0.0, show=True):
     """-> (train, valid): Utterances of the splits of a folder (see open_split); "": synthetic speech.
 
-    Defaults: train is train/, all train-*/ or all; valid is dev/, valid/, val/, all dev-*/ or every 20th of
-    train. A folder of sound events gives its clips. What is in valid is left out of train."""
+    Defaults: train is train/, all train-*/ or all; valid is dev/, valid/, val/, all dev-*/, test/ or every
+    20th of train. A folder of sound events gives its clips. What is in valid is left out of train."""
     if not root:
         return [
             Utterances([f"synthetic {i}" for i in range(len(w))], np.array([len(x) for x in w]), texts, w)
@@ -101,23 +153,36 @@ def open_data(root, train=(), valid=(), min_seconds=0.0, show=True):
     require(os.path.isdir(root), f"{root}: no such folder; give the one that holds train/ and dev/")
     options = {"min_samples": max(MIN_SAMPLES, min_seconds * RATE), "show": show}
     splits = train or find_splits(root, "train")
-    if not splits and os.path.isfile(os.path.join(root, "train.csv")):
+    if not splits and find_splits(root, "train", ends=(".csv",)):
         _, train, valid = open_events(root, **options)
         train.transcripts, valid.transcripts = [""] * len(train), [""] * len(valid)
         return train, valid
+    held_out = valid or find_splits(root, "dev", "valid", "val", "validation") or find_splits(root, "test")
+    if show:
+        show_splits(root, splits, held_out)
     train = open_split(root, *splits or [""], **options)
-    splits = valid or find_splits(root, "dev", "valid", "val")
-    valid = open_split(root, *splits, **options) if splits else train.part(range(0, len(train), 20))
+    valid = open_split(root, *held_out, **options) if held_out else train.part(range(0, len(train), 20))
     held_out = set(valid.names)
     kept = [i for i, name in enumerate(train.names) if name not in held_out]
     require(kept, f"{root}: no utterance is left for training; add some, or choose other splits")
     return train.part(kept), valid
 
 
-def find_splits(root, *names):
-    """-> a list: the first folder of these names, else all folders NAME-*, else a manifest; or []."""
-    patterns = [name + end for end in ("/", "-*/", ".tsv") for name in names]
-    return next(filter(None, (sorted(glob.glob(pattern, root_dir=root)) for pattern in patterns)), [])
+def find_splits(root, *names, ends=("/", "-*/", ".tsv")):
+    """-> a list: the first folder of these names (in any case), else all folders NAME-*, else a manifest."""
+    entries = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
+    patterns = [name + end for end in ends for name in names]
+    found = ([name for name in entries if fnmatchcase(name.lower(), p)] for p in patterns)
+    return next(filter(None, found), [])
+
+
+def show_splits(root, train, valid):
+    """Prints the splits that are used, and others of customary names."""
+    used = {name.rstrip("/").partition(".")[0] for name in train + valid}
+    found = [name for name in os.listdir(root) if re.match("train|dev|val|test|eval", name, re.I)]
+    others = ", ".join(sorted({name.partition(".")[0] for name in found} - used)) if train else ""
+    valid = ", ".join(valid) or "every 20th of it"
+    print(f"{root}: training on {', '.join(train) or 'all'}; validation: {valid}; not used: {others or '-'}")
 
 
 def open_split(root, *splits, min_samples=MIN_SAMPLES, show=True):
@@ -132,19 +197,21 @@ def open_split(root, *splits, min_samples=MIN_SAMPLES, show=True):
 def read_folder(folder):
     """Recordings below a folder -> {path: words}, from lines `NAME WORDS` of *.trans.txt beside them."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True))
-    words = {}
+    stems = {path: os.path.splitext(path)[0] for path in paths if path.lower().endswith(ENDINGS)}
+    words, known = {}, set(stems.values())
     for path in paths:
-        if path.endswith(".trans.txt"):
-            for line in read_lines(path):
-                name, _, text = line.partition(" ")
-                words[os.path.join(os.path.dirname(path), name)] = " ".join(text.split())
-    return {p: words.get(os.path.splitext(p)[0], "") for p in paths if p.lower().endswith(ENDINGS)}
+        for line in read_lines(path, "surrogateescape") if path.endswith(".trans.txt") else ():
+            line = os.path.join(os.path.dirname(path), line)
+            ends = [space.start() for space in re.finditer(r"\s", line)]  # a name may have spaces
+            name = next((line[:end] for end in ends if line[:end] in known), "")
+            words[name] = " ".join(line[len(name) :].split())
+    return {path: words.get(stem, "") for path, stem in stems.items()}
 
 
 def read_manifest(path):
     """fairseq's NAME.tsv (a folder, then lines `PATH TAB ...`) and NAME.wrd, if there -> {path: words}."""
     stem = path.removesuffix(".tsv")
-    folder, *lines = read_lines(f"{stem}.tsv") or [""]
+    folder, *lines = read_lines(f"{stem}.tsv", "surrogateescape") or [""]
     folder = os.path.join(os.path.dirname(stem), folder)
     names = [os.path.join(folder, line.split("\t")[0]) for line in lines if line]
     texts = read_lines(f"{stem}.wrd") if os.path.isfile(f"{stem}.wrd") else [""] * len(names)
@@ -152,10 +219,11 @@ def read_manifest(path):
     return dict(zip(names, texts))
 
 
-def read_lines(path):
-    """The lines of a UTF-8 file, stripped; other bytes become U+FFFD, which no alphabet has."""
+def read_lines(path, errors="replace"):
+    """The lines of a UTF-8 file, stripped; other bytes become U+FFFD, which no alphabet has, or stay in names
+    of files ("surrogateescape")."""
     require(os.path.isfile(path), f"{path}: no such file; check its name and the folder")
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors=errors) as file:
         return [line.strip() for line in file]
 
 
@@ -164,8 +232,8 @@ def measure(transcripts, source, min_samples, show):
     found, lengths, skipped = [], [], []
     for path in tqdm(transcripts, "lengths", disable=None if show else True):
         try:
-            with open(path, "rb"), soundfile.SoundFile(path) as file:
-                samples = round(file.frames * RATE / file.samplerate)
+            count, rate = decode(path, count_only=True)
+            samples = round(count * RATE / rate)
             if samples >= min_samples:
                 found.append(path)
                 lengths.append(samples)
@@ -178,9 +246,13 @@ def measure(transcripts, source, min_samples, show):
 
 def open_events(root, train=(), valid=(), min_samples=MIN_SAMPLES, show=True):
     """-> (classes, train, valid): clips with sound events (AudioSet) as transcripts, from the lines of
-    classes.txt and lines `PATH,EVENT;EVENT` of train.csv and valid.csv, or of those named."""
+    classes.txt and lines `PATH,EVENT;EVENT` of train.csv and valid.csv (val, dev, ...), or of those named."""
     classes = [line for line in read_lines(os.path.join(root, "classes.txt")) if line]
-    train, valid = train or ["train"], valid or ["valid"]
+    train = train or find_splits(root, "train", ends=(".csv",)) or ["train.csv"]
+    names = ("valid", "validation", "val", "dev", "eval", "test")
+    valid = valid or find_splits(root, *names, ends=(".csv",)) or ["valid.csv"]
+    if show:
+        show_splits(root, train, valid)
     clips, held_out = read_events(root, train, classes), read_events(root, valid, classes)
     if train != valid:
         clips = {path: events for path, events in clips.items() if path not in held_out}

@@ -26,7 +26,17 @@ from common import UserError, require, run, save
 from data.audio import read_lines
 
 LETTERS = ["<blank>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "'"]
+APOSTROPHES = "'’‘ʼ＇´`"
 UNKNOWN_SCORE = -10  # of a word that the language model does not have
+
+
+def alphabet(transcripts):
+    """The dictionary of a new head: LETTERS if they spell the transcripts (with capitals), else all letters,
+    marks and digits in these, as capitals where a capital is one character."""
+    text = unicodedata.normalize("NFC", re.sub(f"[{APOSTROPHES}]", "'", "".join(transcripts)))
+    found = {c for c in text if c == "'" or unicodedata.category(c)[0] in "LM" or c.isdecimal()}
+    found = {c if c == "ı" or len(c.title()) > 1 else c.title() for c in found}  # Turkish has I and İ
+    return LETTERS if found <= set(LETTERS) else ["<blank>", "|", *sorted(found)]
 
 
 def clean(text, dictionary=LETTERS):
@@ -38,14 +48,16 @@ def clean(text, dictionary=LETTERS):
     def spell(c):
         return next((form for form in (c, c.upper(), c.lower()) if form in letters), None)
 
-    for c in unicodedata.normalize("NFC", re.sub("[’‘ʼ＇´`]", "'", text)):
+    quote = next((c for c in APOSTROPHES if c in letters), "'")
+    text = re.sub(f"[{APOSTROPHES}]", lambda found: found[0] if found[0] in letters else quote, text)
+    for c in unicodedata.normalize("NFC", text):
         for part in c if spell(c) else unicodedata.normalize("NFKD", c).upper():
             kind = unicodedata.category(part)
             if spell(part) or part in "%&@#":
                 out += spell(part) or part
-            elif kind not in ("Mn", "Cf"):  # accents, soft hyphens
+            elif kind != "Cf" and unicodedata.combining(part) < 10:  # soft hyphens, accents; not vowels
                 out += " " if kind[0] in "PZ" or kind == "Cc" else part
-    words = [word.strip("'") if word[0] == word[-1] == "'" else word for word in out.split()]
+    words = [word.strip(quote) if word[0] == word[-1] == quote else word for word in out.split()]
     text = " ".join(filter(None, words))
     return text, "".join(sorted(set(text) - letters - {" "}))
 
@@ -162,9 +174,10 @@ class ArpaLM:
         return -100.0
 
     @classmethod
-    def read(cls, path):
-        """An ARPA file, plain or .gz. Raises UserError."""
+    def read(cls, path, dictionary=LETTERS):
+        """An ARPA file, plain or .gz, its words in the dictionary's letters. Raises UserError."""
         prob, backoff, order, line = {}, {}, 0, ""
+        spell = functools.cache(lambda w: w if w[0] == "<" else sys.intern(clean(w, dictionary)[0] or w))
         try:
             with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
                 for line in map(str.strip, file):
@@ -172,8 +185,8 @@ class ArpaLM:
                         order = int(line[1:-7])
                     elif order and line and line != "\\end\\":
                         p, *words = line.replace("<UNK>", "<unk>").split()
-                        gram = tuple(map(sys.intern, words[:order]))
-                        prob[gram] = max(float(p), -100.0)  # some tools write -inf
+                        gram = tuple(map(spell, words[:order]))
+                        prob[gram] = max(float(p), prob.get(gram, -100.0))  # some tools write -inf
                         backoff[gram] = max(sum(map(float, words[order:])), -100.0)
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path}: not an ARPA file ({error})") from None
@@ -250,8 +263,9 @@ def main():
     parser.add_argument("--skip", type=int, default=0, help="words to skip in each line; LibriSpeech: 1")
     parser.add_argument("--out", required=True, help="ARPA file to write")
     args = parser.parse_args()
-    lines = itertools.chain(*map(read_lines, args.input))
-    sentences = (clean(" ".join(line.split()[args.skip :]))[0].split() for line in lines)
+    lines = [" ".join(line.split()[args.skip :]) for path in args.input for line in read_lines(path)]
+    dictionary = alphabet(lines)
+    sentences = (clean(line, dictionary)[0].split() for line in lines)
     lm = kneser_ney(filter(None, sentences), args.order)
     header, body = ["\\data\\"], []
     for n in range(1, lm.order + 1):

@@ -83,6 +83,106 @@ def test_recordings_that_cannot_be_used(tmp_path):
         assert refused(tmp_path / "b.flac")
 
 
+def test_lengths_that_a_header_does_not_know(tmp_path):
+    """As SoX, ffmpeg, recorders and streams leave them; measured and decoded in full."""
+    paths, x = [write(tmp_path / "gsm.wav", wave(32000), subtype="GSM610")], wave(32000)
+    wav, au = (write(tmp_path / f"a.{end}", x).read_bytes() for end in ("wav", "au"))
+    flac = bytearray(write(tmp_path / "a.flac", x).read_bytes())
+    start = wav.index(b"data") + 4
+    for size in (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 64036):
+        paths.append(tmp_path / f"{size:x}.wav")
+        paths[-1].write_bytes(wav[:start] + size.to_bytes(4, "little") + wav[start + 4 :])
+    for count in (0, 2**36 - 1, 33000):
+        flac[21] = flac[21] & 0xF0 | count >> 32
+        flac[22:26] = (count & 0xFFFFFFFF).to_bytes(4, "big")
+        paths.append(tmp_path / f"{count}.flac")
+        paths[-1].write_bytes(flac)
+    (tmp_path / "au.wav").write_bytes(au[:8] + b"\xff" * 4 + au[12:])  # known by its content
+    for path in [*paths, tmp_path / "au.wav"]:
+        assert np.abs(audio.load_audio(path) - x).max() < (0.3 if path.stem == "gsm" else 2e-4), path
+        counted = audio.decode(path, count_only=True)[0]
+        assert counted == {"fa24.wav": 32018, "33000.flac": 33000}.get(path.name, 32000), path
+
+
+def without_count(mp3):
+    """Bytes of an MP3 without its first frame, which holds no sound but their number."""
+    start = mp3.index(b"\xff")
+    return mp3[mp3.index(mp3[start : start + 2], start + 40) :]
+
+
+@pytest.mark.parametrize("rate", [16000, 22050, 44100])
+def test_mp3(tmp_path, rate):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 6 * rate) * (np.arange(6 * rate) > 3 * rate)
+    for mode in ("CONSTANT", "VARIABLE"):
+        options = {"bitrate_mode": mode, "compression_level": 0.5}
+        whole = write(tmp_path / "a.mp3", noise + wave(6 * rate, rate), rate, **options).read_bytes()
+        bare = without_count(whole)
+        assert len(whole) - 2000 < len(bare) < len(whole)
+        for i, content in enumerate((whole, bare, bare + b"TAG" + bytes(125), bare[:-50])):
+            path = tmp_path / f"{i}.mp3"
+            path.write_bytes(b"ID3\3\0\0\0\0\x4e\x10" + bytes(10000) + content if i else content)
+            x = audio.load_audio(path)
+            assert 96_000 - 2500 * (i == 3) <= len(x) < 101_000
+            assert x[80_000:96_000].std() > 0.2, "the loud end, at a high bit rate"
+            assert abs(round(audio.decode(path, True)[0] * 16000 / rate) - len(x)) <= 1
+        for content in (whole[: len(whole) // 2], whole + whole):  # cut; two files
+            path.write_bytes(content)
+            assert "truncated, or several" in refused(path)
+
+
+def test_truncated_and_joined(tmp_path):
+    wav, ogg = (write(tmp_path / f"a.{end}", wave(64000)).read_bytes() for end in ("wav", "ogg"))
+    for name, content in (("c.wav", wav[: len(wav) // 2]), ("c.ogg", ogg + ogg)):
+        (tmp_path / name).write_bytes(content)
+        assert "truncated, or several" in refused(tmp_path / name)
+
+
+def test_names_of_all_kinds(tmp_path):
+    """Not UTF-8, with spaces, a line break, characters of patterns; in transcripts and manifests, too."""
+    folder, names = (
+        os.fsencode(tmp_path / "train"),
+        (b"a\xff.wav", b"a b.flac", b"caf\xe9.mp3", b"o\xf6.opus"),
+    )
+    os.mkdir(folder)
+    for name in (*names, b"new\nline.ogg", b"[%]*#.wav"):
+        with open(os.path.join(folder, name), "wb") as file:
+            form = {"opus": "OGG"}.get(name.split(b".")[1].decode(), name.split(b".")[1].decode())
+            soundfile.write(file, wave(), 16000, format=form, subtype="OPUS" if b"opus" in name else None)
+    with open(os.path.join(folder, b"\xe9.trans.txt"), "wb") as file:
+        file.write(b"a\xff ONE\na b TWO TWO\ncaf\xe9\tTHREE\no\xf6 FOUR\n[%]*# FIVE\n")
+    s = audio.open_split(str(tmp_path), "train", show=False)
+    assert [len(s.load(i)) for i in range(6)] == s.lengths.tolist() == [4000] * 6 and not s.skipped
+    texts = dict(zip([os.fsencode(os.path.basename(name)) for name in s.names], s.transcripts))
+    assert [texts[name] for name in names] == ["ONE", "TWO TWO", "THREE", "FOUR"]
+    assert texts[b"[%]*#.wav"] == "FIVE" and texts[b"new\nline.ogg"] == ""
+    (tmp_path / "m.tsv").write_bytes(b"train\n" + b"\t1\n".join(names) + b"\t1\n")
+    assert audio.open_split(str(tmp_path), "m", show=False).names == [
+        os.path.join(str(tmp_path), "train", os.fsdecode(name)) for name in names
+    ]
+
+
+def test_windows_of_long_recordings(capsys):
+    torch.manual_seed(0)
+    conv, seen = torch.nn.Conv1d(1, 3, 400, 320), []
+    audio.print_once.cache_clear()
+
+    def network(wave):  # a frame and its 200 neighbours
+        seen.append(wave.shape[1])
+        x = torch.nn.functional.avg_pool1d(conv(wave[:, None]), 401, 1, 200, count_include_pad=False)
+        return x.transpose(1, 2), None
+
+    limit = 400 + 2999 * 320  # samples of 3000 frames
+    for n in (400, 50_000, limit, limit + 319, limit + 320, 3 * limit, 3 * limit + 7, 5 * limit + 12_345):
+        wave = torch.randn(1, n)
+        whole = network(wave)[0]
+        del seen[:]
+        parts = audio.in_windows(network, wave)
+        assert parts.shape == whole.shape and max(seen) < limit + 320
+        assert torch.equal(parts, whole) if len(seen) == 1 else (parts - whole).abs().max() < 1e-5
+        assert (len(seen) == 1) == (n < limit + 320)
+    assert capsys.readouterr().out.count("over 60 s") == 1
+
+
 def corpus(root, split="train", speakers=2, per=3):
     """root/split/{speaker}/{chapter}/*.flac with transcripts, the last line without a newline."""
     for s in range(speakers):
@@ -167,6 +267,29 @@ def test_splits_are_found(tmp_path):
     assert lengths(min_seconds=1002 / 16000) == [[1006, 1003, 1002, 1004], [1005]]
 
 
+@pytest.mark.parametrize("name", ["valid", "VAL", "Validation", "DEV", "test", "Dev-clean"])
+def test_held_out_splits_of_customary_names(tmp_path, name, capsys):
+    for n, split in enumerate(("TRAIN", name, "docs", "Test-2")):
+        write(tmp_path / split / "a.flac", wave(1000 + n))
+    assert [s.lengths.tolist() for s in audio.open_data(str(tmp_path))] == [[1000], [1001]]
+    line = f"{tmp_path}: training on TRAIN/; validation: {name}/; not used: Test-2\n"
+    assert capsys.readouterr().out == line
+    for split in ("TRAIN", name):  # the same by manifests
+        (tmp_path / split).rename(tmp_path / "docs" / split)
+        (tmp_path / f"{split}.tsv").write_text(f"docs/{split}\na.flac\t1\n")
+    (tmp_path / "Test-2").rename(tmp_path / "docs" / "Test-2")
+    if name != "Dev-clean":  # such names are those of folders
+        assert [s.lengths.tolist() for s in audio.open_data(str(tmp_path))] == [[1000], [1001]]
+        assert f"training on TRAIN.tsv; validation: {name}.tsv; not used: -" in capsys.readouterr().out
+
+
+def test_an_empty_held_out_folder_is_one_line(tmp_path):
+    write(tmp_path / "train/a.flac")
+    (tmp_path / "val/deep").mkdir(parents=True)
+    with pytest.raises(UserError, match="val/: no recording can be used"):
+        audio.open_data(str(tmp_path), show=False)
+
+
 def test_wrong_folders_and_splits_are_one_line(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.wav").write_text("x")
@@ -208,10 +331,14 @@ def test_events(tmp_path):
     assert audio.open_events(root, ["other.csv"], show=False)[1].lengths.tolist() == [
         1004
     ]  # 1002 is in valid
-    assert audio.open_events(root, ["valid"], show=False)[1].lengths.tolist() == [1003, 1002]
+    assert audio.open_events(root, ["valid"], ["valid"], show=False)[1].lengths.tolist() == [1003, 1002]
     sets = audio.open_data(root, min_seconds=1001 / 16000, show=False)  # pre-training looks at no events
     assert [s.lengths.tolist() for s in sets] == [[1001], [1003, 1002]]
     assert {text for s in sets for text in s.transcripts} == {""}
+    for name in ("val", "Dev", "eval", "TEST"):
+        (tmp_path / "valid.csv").rename(tmp_path / f"{name}.csv")
+        assert audio.open_events(root, show=False)[2].lengths.tolist() == [1003, 1002]
+        (tmp_path / f"{name}.csv").rename(tmp_path / "valid.csv")
     for reason, table in (
         ("train.csv line 2: ", "clips/1000.wav,Dog\nclips/1001.wav,Cat;Cow\n"),
         ("train.csv line 1: ", "clips/1000.wav,Car, passing by\n"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from data import images
+from data import audio, images
 from model import Teacher
 from tests import checkpoints
 from tests.helpers import call, done, refused
@@ -168,3 +168,17 @@ def test_wrong_options_are_one_line(tiny, tmp_path):
     assert "gone.txt" in refused(call(embed, "--init", ckpt, tmp_path / "gone.txt", "--out", out))
     assert "vocabulary" in refused(call(embed, "--init", tmp_path / "mute.pt", folder, "--out", out))
     assert [path.name for path in tmp_path.glob("*.npy")] == ["old.npy"]
+
+
+def test_long_recordings_and_names_that_would_break_the_table(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(0).normal(size=70 * 16_000) / 9
+    soundfile.write(tmp_path / "in/new\nline\t.wav", noise, 16_000)
+    flags = [tiny["speech"].ckpt, tmp_path / "in", "--pool", "none"]
+    audio.print_once.cache_clear()
+    printed, (x,), names, _ = run(tmp_path / "x.npy", *flags)
+    assert names == [rf"{tmp_path}/in/new\nline\t.wav"] and "over 60 s" in printed
+    wave = torch.from_numpy(soundfile.read(tmp_path / "in/new\nline\t.wav", dtype="float32")[0])
+    with torch.no_grad():
+        whole = tiny["speech"].student.encoder(nn.functional.layer_norm(wave, wave.shape)[None])[0][0].numpy()
+    assert x.shape == whole.shape == (3499, 12) and np.abs(x - whole).mean() < 0.1 * np.abs(whole).mean()

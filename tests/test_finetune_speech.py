@@ -1,5 +1,6 @@
 """finetune.py on recordings: letters by CTC and sound events: losses, what learns, what is left out, use."""
 
+import json
 import math
 import shutil
 from functools import partial
@@ -14,8 +15,9 @@ import common
 import finetune
 import train_speech
 from data import audio, letters, synthetic
-from tests import helpers
+from tests import checkpoints, helpers
 from tests.helpers import FAST, assert_same, call, checkpoint, done, results, rows
+from tools import convert, hub
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 refused = partial(helpers.refused, by="finetune.py: ")
@@ -23,7 +25,6 @@ CLASSES = ["has S", "has M", "has K", "long"]
 FLAGS = f"""--preset speech_smoke {FAST} --steps 4 --batch_seconds 8 --max_samples 64000 --label_fraction 1
     --lr 0.01 --channel_p 0.2 --ffn_dropout 0 --warmup 0.1"""
 PLAIN, STILL = "--mask_p 0 --channel_p 0", "--steps 1 --lr 0"
-ALONE = "--max_samples 400"  # evaluates one recording after the other, without padding
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +151,9 @@ def test_the_loss_is_a_mean_over_the_batch_however_it_is_split(run, tmp_path, ta
 def test_spans_of_frames_and_channels_are_hidden_in_training_alone(monkeypatch, run, tmp_path):
     seen = []
 
-    def forward(self, waves, samples, mask=None, channels=None, real=finetune.FrameClassifier.forward):
-        seen.append((self.training, self.encoder.embed.frames(samples), mask, channels))
+    def forward(self, waves, samples=None, mask=None, channels=None, real=finetune.FrameClassifier.forward):
+        frames = None if samples is None else self.encoder.embed.frames(samples)
+        seen.append((self.training, frames, mask, channels))
         return real(self, waves, samples, mask, channels)
 
     monkeypatch.setattr(finetune.FrameClassifier, "forward", forward)
@@ -258,7 +260,7 @@ def test_a_damaged_recording_is_named_and_not_measured(speech, run, learned, tmp
     code, out, err = run("--task", task, "--steps 12 --probe_every 4 --data", data, "--out", tmp_path / "run")
     assert code == 0 and all((out + err).count(path.name) == 1 for path in damaged), err
     assert results(tmp_path / "run")["skipped_files"] == 2
-    flags = f"--eval_only {ALONE} --data"
+    flags = "--eval_only --data"
     done(run(flags, data, "--out", tmp_path / "eval", init=learned[task] / "ckpt.pt"))
     damaged[1].unlink()
     lines = (data / "valid.csv").read_text().splitlines()
@@ -268,7 +270,7 @@ def test_a_damaged_recording_is_named_and_not_measured(speech, run, learned, tmp
 
 
 def test_eval_only_measures_what_the_model_says(learned, speech, run, tmp_path):
-    done(run(f"--task images --eval_only {ALONE} --out", tmp_path / "run", init=learned["early"] / "ckpt.pt"))
+    done(run("--task images --eval_only --out", tmp_path / "run", init=learned["early"] / "ckpt.pt"))
     listen, held_out = listener(learned["early"], "letters"), audio.open_data(str(speech), show=False)[1]
     guesses = [letters.decode_greedy(listen(held_out.load(i)))[0] for i in range(len(held_out))]
     pairs, numbers = list(zip(held_out.transcripts, guesses)), results(tmp_path / "run")
@@ -307,7 +309,7 @@ def test_the_beam_search_uses_the_language_model(monkeypatch, learned, run, tmp_
     (tmp_path / "words.txt").write_text("SO ME\nME LU\n")
     source = "--input", tmp_path / "words.txt", "--order", 2
     done(call(letters, "arpa", *source, "--out", tmp_path / "lm.arpa"))
-    flags, early = f"--eval_only {ALONE} --beam 4", learned["early"] / "ckpt.pt"
+    flags, early = "--eval_only --beam 4", learned["early"] / "ckpt.pt"
     lm = "--lm", tmp_path / "lm.arpa", "--lm_weight 3 --word_score 0.5"
     done(run(flags, *lm, "--out", tmp_path / "lm", init=early))
     assert len(used) == 9 and set(used) == {(4, 2, 3.0, 0.5)}
@@ -338,3 +340,72 @@ def test_predict_writes_words_with_their_times_or_events(learned, speech, tmp_pa
     p = finetune.linear_softmax(logits[None], torch.tensor([len(logits)]))[0].tolist()
     named = ", ".join(f"{CLASSES[c]} {p[c]:.3f}" for c in sorted(range(4), key=lambda c: -p[c]))
     assert line == f"{held_out.names[0]}: {named}"
+
+
+def test_transcripts_do_not_depend_on_their_neighbours(learned, run, tmp_path):
+    scores = []
+    for samples in (400, 64_000, 10**6):
+        out = tmp_path / str(samples)
+        done(run("--eval_only --max_samples", samples, "--out", out, init=learned["early"] / "ckpt.pt"))
+        scores.append({name: results(out)[name] for name in ("errors", "cer")})
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_a_new_head_has_the_letters_of_all_transcripts(speech, run, learned, tmp_path):
+    data = shutil.copytree(speech, tmp_path / "data")
+    for path in data.rglob("*.trans.txt"):
+        lines = [line.split(" ", 1) for line in path.read_text().splitlines()]
+        table = str.maketrans("AEIOSM", "аёиоßй")
+        path.write_text("".join(f"{name} {text.translate(table)}\n" for name, text in lines))
+    first = next((data / "train").rglob("*.trans.txt"))
+    first.write_text(first.read_text().replace("ё", "э", 1))  # once, in what may not be trained on
+    out = tmp_path / "run"
+    done(run("--label_fraction 0.2 --steps 2 --data", data, "--out", out))
+    classes = checkpoint(out, "best.pt")["classes"]
+    assert set(classes) > set("АЁИОЭЙß|") and not set(classes) & set("AEIOSMйё")
+    done(run("--steps 3 --resume --data", data, "--out", out))
+    init = "--init", out / "best.pt"
+    pytest.importorskip("safetensors")
+    done(call(convert, out / "best.pt", tmp_path / "hub"))
+    assert list(json.loads((tmp_path / "hub/vocab.json").read_text(encoding="utf-8"))) == classes
+    done(run("--eval_only --data", data, "--out", tmp_path / "eval", init=out / "best.pt"))
+    assert results(tmp_path / "eval")["words"] == results(learned["letters"])["words"]
+    lines = [
+        done(call(finetune, *i, "--predict", next((data / "dev").rglob("*.flac"))))
+        for i in (init, ("--init", tmp_path / "hub"))
+    ]
+    assert lines[0] == lines[1]
+    done(run("--steps 2 --out", tmp_path / "more", init=learned["letters"] / "best.pt"))
+    assert checkpoint(tmp_path / "more")["classes"] == letters.LETTERS, "a tuned head keeps its own"
+
+
+def test_long_recordings_are_heard_in_windows(learned, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, n in (("long", 130 * 16_000), ("short", 60 * 16_000)):
+        soundfile.write(tmp_path / f"{name}.flac", 0.1 * rng.standard_normal(n), 16_000)
+    init = "--init", learned["early"] / "ckpt.pt", "--dtype", "float32", "--predict"
+    audio.print_once.cache_clear()
+    out = done(call(finetune, *init, tmp_path / "long.flac", tmp_path / "long.flac", tmp_path / "short.flac"))
+    assert out.count("over 60 s") == 1 and len(out.splitlines()) == 4
+    heard = built(init=str(learned["early"] / "ckpt.pt"))
+    heard.model.eval()
+    wave = torch.from_numpy(audio.normalise(audio.load_audio(tmp_path / "short.flac")))[None]
+    with torch.no_grad():
+        assert torch.equal(heard.hear(wave), heard.model(wave)[0][0])
+
+
+def test_what_a_foreign_checkpoint_wants_of_its_input_is_noted(tmp_path):
+    file = checkpoints.released("speech")
+    for task, notes in (
+        ({"normalize": True}, []),
+        ({"normalize": False}, ["normalize of its inputs is False, of ours True"]),
+    ):
+        torch.save(file | {"cfg": file["cfg"] | {"task": task}}, tmp_path / "a.pt")
+        assert convert.read(tmp_path / "a.pt")["notes"] == notes
+    pytest.importorskip("safetensors")
+    hub.write(convert.read(tmp_path / "a.pt"), tmp_path / "hub")
+    (tmp_path / "hub/preprocessor_config.json").write_text('{"do_normalize": false, "sampling_rate": 8000}')
+    assert convert.read(tmp_path / "hub")["notes"][-2:] == [
+        "do_normalize of its inputs is False, of ours True",
+        "sampling_rate of its inputs is 8000, of ours 16000",
+    ]

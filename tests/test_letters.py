@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,57 @@ def test_clean_and_encode():
         assert clean(text) == clean(expected) == (expected, unknown)
     assert "".join(LETTERS[i] for i in encode("I DON'T")) == "I|DON'T|" and encode("") == []
     assert encode("TEA", RELEASED) == [4, 3, 5, 1] and len(LETTERS) == len(set(LETTERS)) == 29
+
+
+@pytest.mark.parametrize(
+    "text, letters_found, spelled",
+    [
+        ("It’s a test & more, NAIVE", LETTERS[2:], "IT'S A TEST & MORE NAIVE"),
+        ("schöne naïve Straße", "ACEHNRSTVÏÖß", "SCHÖNE NAÏVE STRAßE"),
+        ("Ёлка и подъезд", "ЁАДЕЗИКЛОПЪ", "ЁЛКА И ПОДЪЕЗД"),
+        ("Σίσυφος", "ΊΟΣΥΦ", "ΣΊΣΥΦΟΣ"),  # one sigma
+        ("नमस्ते हिन्दी", "तदनमसहिीे्", "नमस्ते हिन्दी"),  # vowels are marks
+        ("안녕, 세계!", "계녕세안", "안녕 세계"),
+        ("你好，世界", "世你好界", "你好 世界"),
+        ("İki ılık", "IKLİı", "İKI ıLıK"),  # Turkish has two
+        ("tiếng Việt", "GINTVẾỆ", "TIẾNG VIỆT"),
+        ("ქართული", "ათილრუქ", "ქართული"),  # no capitals
+        ("l‘été à 5 h d'or", "'5DHLORTÀÉ", "L'ÉTÉ À 5 H D'OR"),
+    ],
+)
+def test_the_alphabet_of_a_new_head(text, letters_found, spelled):
+    for form in ("NFC", "NFD"):
+        found = letters.alphabet([unicodedata.normalize(form, text), ""])
+        assert found == ["<blank>", "|", *letters_found]
+        assert clean(unicodedata.normalize(form, text), found)[0] == spelled
+
+
+def test_what_a_dictionary_has_stays():
+    latin = "abcdefghijklmnopqrstuvwxyz"
+    for symbols, text, expected in (
+        (latin + "äöüß", "SCHÖNE naïve Straße ÄRGER", "schöne naive straße ärger"),
+        (latin.upper() + "ÄÖÜß", "schön naïve Straße", "SCHÖN NAIVE STRAßE"),
+        (latin.upper() + "ÄÖÜ", "Straße", "STRASSE"),
+        (latin.upper() + "\u0301\u0302", "ế", "E\u0302\u0301"),  # a dictionary of separate accents
+        (latin.upper() + "’", "l'eau, l’or ‘où’", "L’EAU L’OR OU"),
+        ("пять'ʼ", "пʼять п’ять", "пʼять п'ять"),
+        ("σοφςό", "ΣΟΦΟΣ σοφός", "σοφοσ σοφός"),
+        ("HhEeLlOo", "Hello", "Hello"),
+    ):
+        for form in ("NFC", "NFD"):
+            assert clean(unicodedata.normalize(form, text), ["<pad>", "|", "<unk>", *symbols]) == (
+                expected,
+                "",
+            )
+    assert clean("नमस्ते", ["", "|", *"नमसत"])[1] == "े्"  # a vowel is no accent that can go
+
+
+def test_a_language_model_is_spelled_as_the_dictionary_has_it(tmp_path):
+    path = arpa(tmp_path, TINY.replace("A", "Ä"))
+    for dictionary, word in ((LETTERS, "A"), (["", "|", *"äb"], "ä"), (["", "|", *"ÄB"], "Ä")):
+        lm = ArpaLM.read(path, dictionary)
+        assert lm.words == {word, "b" if word == "ä" else "B", word + ("b" if word == "ä" else "B")}
+        assert lm.score(["<s>"], word) == -0.1 and "<unk>" not in lm.words
 
 
 def test_what_can_be_transcribed():

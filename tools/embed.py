@@ -6,6 +6,7 @@ first to end - 1: one, with --pool none one for each patch (not the class token)
 """
 
 import glob
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def find(place, kind):
     paths = [path for path in found if path.lower().endswith(ENDINGS[kind])] or [place]
     if kind == "text":
         return [(f"{path}:{n}", line) for path in paths for n, line in enumerate(audio.read_lines(path), 1)]
-    return [(path.encode(errors="backslashreplace").decode(), path) for path in paths]
+    return [(re.sub("[\x00-\x1f\ud800-\udfff]", lambda c: repr(c[0])[1:-1], path), path) for path in paths]
 
 
 def read(source, kind, cfg, vocabulary):
@@ -92,8 +93,9 @@ def main():
             tqdm.write(f"skipped {name}: {error}")
         if batch and (len(batch) == size or i == len(found) - 1):
             x = torch.nn.utils.rnn.pad_sequence([*batch.values()], batch_first=True, padding_value=text.PAD)
-            with autocast:
-                features, _ = encoder(x.to(device))  # (B, prefix + T, D)
+            with autocast:  # features (B, prefix + T, D)
+                x = x.to(device)
+                features = audio.in_windows(encoder, x) if kind == "speech" else encoder(x)[0]
             for j, y in zip(batch, features.float().cpu()):
                 y = y[: len(batch[j])] if kind == "text" else y[encoder.prefix :]
                 rows[j] = y.mean(0, keepdim=True) if args.pool == "mean" else y

@@ -107,7 +107,8 @@ def read(folder: Path) -> dict:
     student = rename(weights, encoder, head, NOT_USED, folder)
     left = {name.split(".")[0] for name in weights if not translate(name, head)} & {"pooler", "lm_head"}
     notes = [f"left out: {name}" for name in sorted(left)]
-    prepared = read_json(folder / "processor_config.json").get("image_processor")
+    nested = read_json(folder / "processor_config.json")
+    prepared = nested.get("image_processor") or nested.get("feature_extractor")
     prepared = prepared or read_json(folder / "preprocessor_config.json")
     config = {"heads": about["num_attention_heads"], "norm_eps": about["layer_norm_eps"]}
     labels = about.get("id2label", {"0": "LABEL_0"})
@@ -129,8 +130,9 @@ def read(folder: Path) -> dict:
         notes += [f"made for text with {name}; ours is without" for name in wishes]
     else:
         task, config["deep_norm"] = "sounds", False
-        if not prepared.get("do_normalize", True):
-            notes.append("made for waves as loud as they are; ours have a variance of 1")
+        for name, ours in {"do_normalize": True, "sampling_rate": 16000, "feature_size": 1}.items():
+            if prepared.get(name, ours) != ours:
+                notes.append(f"{name} of its inputs is {prepared[name]}, of ours {ours}")
     if encoder is AUDIO and "lm_head.weight" in weights:
         symbols = {i: symbol for symbol, i in read_json(folder / "vocab.json").items()}
         space = read_json(folder / "tokenizer_config.json").get("word_delimiter_token", "|")

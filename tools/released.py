@@ -6,6 +6,7 @@ speech model is wrapped), vision is from BEiT's scripts (.pth: "model" and "mode
 
 import math
 import re
+import unicodedata
 import warnings
 
 import torch
@@ -196,7 +197,9 @@ def read(file: dict, path) -> dict:
     task = "images" if kind == "vision" else "letters"
     classes = table(table(file.get("task_state")).get("target_dictionary")).get("symbols")
     state = {"student": student, "teacher": teacher, "config": config, "task": task, "classes": classes}
-    return complete(state | {"origin": f"released {kind} checkpoint"}, path)
+    loudness = table(table(file.get("cfg")).get("task", file.get("args"))).get("normalize", True)
+    notes = [] if loudness or kind != "speech" else ["normalize of its inputs is False, of ours True"]
+    return complete(state | {"origin": f"released {kind} checkpoint", "notes": notes}, path)
 
 
 def sizes_of(weights: dict, path) -> dict:
@@ -245,4 +248,4 @@ def complete(state: dict, path) -> dict:
     known = {("letters", len(LETTERS)): LETTERS, ("sentences", 1): ["score"]}
     names = state["classes"] or known.get((state["task"], outputs)) or [str(i) for i in range(outputs)]
     require(len(names) == outputs, f"{path}: has {outputs} outputs, but names of {len(names)} classes")
-    return state | {"classes": names}
+    return state | {"classes": [unicodedata.normalize("NFC", name) for name in names]}
