@@ -14,7 +14,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ HINT = "try a smaller --lr, a longer --warmup, a larger --tau_0, --norm instance
 COLLAPSED = {"target_std": 0.1, "pred_std": 0.01}  # a run with less has collapsed (released speech code)
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 received = []  # signals that ask a run to save and stop
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("auto", "float32", "bfloat16", "float16")
 
 
 class UserError(Exception):
@@ -40,10 +40,6 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
-
-class Stopped(Exception):
-    """A run has saved its state and ends, as a signal asked; holds the signal's number."""
 
 
 def run(main):
@@ -60,14 +56,9 @@ def run(main):
         line = str(error).strip().splitlines()[-1]  # torch puts a traceback before what a worker raised
         if first_process():
             print(f"{Path(sys.argv[0]).name}: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except Stopped as stopped:
-        status = 128 + stopped.args[0]
+    except KeyboardInterrupt as stop:  # its argument: another signal
+        status = 128 + (stop.args or [signal.SIGINT])[0]
     finally:
-        received.clear()
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if dist.is_initialized():  # gloo's threads can hang an orderly exit
             atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(status)))
     sys.exit(status)
@@ -101,10 +92,6 @@ def option(default, help, choices=None, min_=-math.inf, max_=math.inf):
     shape = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})
     flag = {"type": read, "choices": choices, "help": help} | shape
     return field(default_factory=lambda: copy.copy(default), metadata=flag)
-
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -198,43 +185,34 @@ def due(step, every, steps):
 
 def start_processes(device, dtype):
     """Joins torchrun's process group, if there is one -> rank, processes, device, autocast, grad scaler."""
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        except ValueError as error:
+            raise UserError(f"RANK is set, but not its whole group ({error}); use torchrun") from None
+    group = dist.is_initialized()
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        count = os.environ.get(name) or "1"
+        require(group or count == "1", f"{name} is {count}, but RANK is not set; use torchrun, or unset it")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kind = found if device == "auto" else device
     require(kind in ("cpu", found), f"--device {kind}: torch finds no such device; use --device {found}")
-    best = (
-        "bfloat16" if kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "float32"
-    )
-    rank, device = int(os.environ.get("RANK", 0)), torch.device(kind)
+    device, best = torch.device(kind), "float32"
     if kind == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
-        require(
-            local < count, f"--device cuda: process {local}, but {count} GPUs; use --nproc_per_node={count}"
-        )
+        require(local < count, f"--device cuda: process {local}, {count} GPUs; use --nproc_per_node={count}")
         device = torch.device(kind, local)
         torch.cuda.set_device(device)
         generation, _ = torch.cuda.get_device_capability()
         best = "bfloat16" if generation >= 8 else "float16" if generation == 7 else "float32"
+    elif kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        best = "bfloat16"
     dtype = best if dtype == "auto" else dtype
     half = torch.float16 if dtype == "float16" else torch.bfloat16
     autocast = torch.autocast(kind, half, enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == "float16")
-    if "RANK" not in os.environ:
-        for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-            alone = os.environ.get(name, "1") in ("", "1")
-            require(
-                alone,
-                f"{name} is {os.environ.get(name)}, but no RANK is set; start with torchrun, or unset it",
-            )
-        return 0, 1, device, autocast, scaler
-    try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2)
-        )
-    except ValueError as error:
-        raise UserError(
-            f"RANK is set, but not all of a process group ({error}); start with torchrun"
-        ) from None
-    return dist.get_rank(), dist.get_world_size(), device, autocast, scaler
+    return rank, world, device, autocast, torch.amp.GradScaler(kind, enabled=dtype == "float16")
 
 
 def first_process():
@@ -412,13 +390,13 @@ class Log:
         about = {"python": sys.version, "torch": torch.__version__, "command": " ".join(sys.argv)}
         save(self.folder / "config.json", asdict(self.cfg) | about)
         self.file.seek(0)  # another opened and closed file would end the lock
-        lines = self.file.read().splitlines(True)
-        lines = list(
-            takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step, lines)
-        )
-        self.file.truncate(sum(map(len, lines)))
-        for line in lines:
+        kept = 0  # bytes
+        for line in self.file.read().splitlines(True):
+            if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
             self.keep(json.loads(line))
+        self.file.truncate(kept)
 
     def keep(self, line):
         self.first = line if line["step"] == 0 else self.first
@@ -433,11 +411,10 @@ class Log:
 
     def report(self, skipped):
         """Names the first ten samples that were skipped, each once; those of other processes at the end."""
-        new = sorted(set(skipped) - self.skipped)
-        for number, line in enumerate(new if self.rank == 0 else (), len(self.skipped)):
-            if number <= 10:
-                self.bar.write(f"skipped {line}" if number < 10 else "skipped more; the end tells how many")
+        new, room = sorted(set(skipped) - self.skipped), max(0, 10 - len(self.skipped))
         self.skipped |= set(new)
+        for line in new[:room] if self.rank == 0 else ():
+            self.bar.write(f"skipped {line}")
 
     def advance(self, count):
         """One step is done, with `count` units (a number or scalar tensor) in all processes."""
@@ -453,8 +430,7 @@ class Log:
         scores = scores or {}
         if metrics:
             values = torch.tensor([float(v) for v in metrics.values()], dtype=torch.float64)
-            world = dist.get_world_size() if dist.is_initialized() else 1
-            metrics = dict(zip(metrics, (all_reduce(values) / world).tolist()))
+            metrics = dict(zip(metrics, (all_reduce(values) / len(gather(None))).tolist()))
             self.check_health(step, metrics)
             metrics[f"{self.unit}_per_s"] = float(self.count) / max(self.now - self.marked, 1e-9)
         if self.rank == 0:
@@ -485,18 +461,14 @@ class Log:
             return
         rng = gather([source.get_rng_state() for source in random_states(self.device)])
         if self.rank == 0:
-            state = {
-                "student": student.state_dict(),
-                "teacher": teacher and teacher.state_dict(),
-                "step": step,
-            }
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng}
-            save(self.folder / "ckpt.pt", state | {"config": asdict(self.cfg)} | more)
+            parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
+            state = {name: part and part.state_dict() for name, part in parts.items()} | more
+            save(self.folder / "ckpt.pt", state | {"step": step, "config": asdict(self.cfg), "rng": rng})
         if stop:
             gather(None)  # until the first process has written
             if self.rank == 0:
                 self.bar.write(f"{signal.Signals(stop).name}: saved at step {step}; go on with --resume")
-            raise Stopped(stop)
+            raise KeyboardInterrupt(stop)
 
     def check_health(self, step, metrics):
         """Ends a run that has diverged or, from step guard_after on (-1: never), collapsed."""

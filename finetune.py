@@ -348,11 +348,12 @@ class Speech(Task):  # recordings: padded in training, one at a time in evaluati
     def logits(self, network, waves, samples, rng):
         """waves (B, N), samples (B,) -> logits (B, T, classes) float32, frames (B,), with hidden spans."""
         cfg, encoder = self.cfg, self.model.encoder
-        frames, dims = encoder.embed.frames(samples).numpy(), np.full(len(waves), encoder.dim)
-        mask = span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False) if cfg.mask_p else None
-        channels = (
-            span_mask(dims, cfg.channel_p, 64, rng, equal=False, min_spans=0) if cfg.channel_p else None
-        )
+        frames, widths = encoder.embed.frames(samples).numpy(), np.full(len(waves), encoder.dim)
+        mask = channels = None
+        if cfg.mask_p:
+            mask = span_mask(frames, cfg.mask_p, cfg.mask_span, rng, equal=False)
+        if cfg.channel_p:
+            channels = span_mask(widths, cfg.channel_p, 64, rng, equal=False, min_spans=0)
         logits, frames = self.call(network, waves, samples, mask, channels)
         return logits.float(), frames
 
@@ -601,16 +602,13 @@ def main():
         log.advance(size)
         if log.due(step):
             scores = task.evaluate() if due(step, cfg.probe_every, cfg.steps) else {}
-            log.write(
-                step, {"loss": loss * world, "lr": common.lr_at(step, cfg), "grad_norm": grad_norm}, scores
-            )
+            metrics = {"loss": loss * world, "lr": common.lr_at(step, cfg), "grad_norm": grad_norm}
+            log.write(step, metrics, scores)
             if scores and (not best or task.sign * (scores[task.metric] - best[f"best_{task.metric}"]) > 0):
                 best = {f"best_{name}": value for name, value in scores.items()} | {"best_step": step}
                 if rank == 0:
-                    state = (
-                        {"student": model.state_dict(), "teacher": None, "step": step} | about | task.extra
-                    )
-                    common.save(Path(cfg.out, "best.pt"), state)
+                    state = {"student": model.state_dict(), "teacher": None, "step": step} | about
+                    common.save(Path(cfg.out, "best.pt"), state | task.extra)
         log.checkpoint(step, model, None, optimizer, scaler, best=best, **about, **task.extra)
     log.finish(examples=len(task.train), **(scores or task.evaluate()), **best)
 

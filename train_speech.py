@@ -28,9 +28,7 @@ CONVS = ((10, 5),) + 4 * ((3, 2),) + 2 * ((2, 2),)  # kernel, stride: 16,000 sam
 class Config(RunConfig):
     train: list = option([], "splits of --data to train on; default: train, train-*, train.tsv or all")
     valid: list = option([], "held-out splits; default: dev, valid, val or every 20th utterance")
-    init_teacher: str = option(
-        "teacher", "with --init: the file's teacher or student", ("teacher", "student")
-    )
+    init_teacher: str = option("teacher", "network of --init to start from", ("teacher", "student"))
     batch_seconds: int = option(64, "seconds of audio per update, in whole micro-batches", min_=1)
     max_samples: int = option(512_000, "samples per micro-batch, at most (16,000 a second)", min_=400)
     min_seconds: float = option(0.0, "shorter utterances are left out", min_=0)
@@ -59,9 +57,7 @@ class Config(RunConfig):
     norm: str = option("instance", "normalisation of each a_l; without, it collapses", tuple(NORMS))
     final_norm: str = option("none", "normalisation of their mean", tuple(NORMS))
     window: int = option(0, "> 0: the teacher attends at most so many frames away", min_=0)
-    share_positions: bool = option(
-        True, "the teacher has the student's position convolutions, not their average"
-    )
+    share_positions: bool = option(True, "the teacher has the student's position convolutions")
     beta: float = option(0.0, "where smooth L1 turns linear; 0: squared error", min_=0)
     tau_0: float = option(0.999, "teacher momentum at the start; too low: collapse", min_=0, max_=1)
     tau_e: float = option(0.9999, "teacher momentum from step tau_n on", min_=0, max_=1)
@@ -69,9 +65,7 @@ class Config(RunConfig):
     guard_after: int = option(5000, "from this step on a collapsed run stops; -1: never", min_=-1)
     # optimiser
     lr: float = option(5e-4, "peak learning rate", min_=0)
-    schedule: str = option(
-        "tri_stage", "after the warm-up: hold, then decay; or a cosine", ("tri_stage", "cosine")
-    )
+    schedule: str = option("tri_stage", "hold, then decay; or a cosine", ("tri_stage", "cosine"))
     warmup: float = option(0.03, "fraction of the steps; too short: divergence", min_=0, max_=1)
     decay: float = 0.07  # tri_stage: fraction of the steps for the final decay
     final_scale: float = 0.01  # learning rate at the last step, as a fraction of lr
@@ -144,9 +138,7 @@ def draw_mask(cfg: Config, lengths, rng):
 def micro_batch_count(cfg: Config, world: int) -> int:
     """Micro-batches of max_samples per process and update."""
     enough = cfg.max_samples >= cfg.max_seconds * audio.RATE
-    common.require(
-        enough, f"--max_samples {cfg.max_samples}: must hold --max_seconds {cfg.max_seconds} of audio"
-    )
+    common.require(enough, f"--max_samples {cfg.max_samples}: must hold --max_seconds {cfg.max_seconds}")
     count = max(1, round(cfg.batch_seconds * audio.RATE / cfg.max_samples))
     parts = f"{count} micro-batches of --max_samples do not split among {world} processes"
     common.require(count % world == 0, f"--batch_seconds {cfg.batch_seconds}: {parts}")
@@ -165,9 +157,8 @@ def main():
     student = build(cfg).to(device)
     shared = ("embed.content", "embed.positions") if cfg.share_positions else ("embed.content",)
     teacher = Teacher(student.encoder, shared, cfg.window)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), cfg.lr, (0.9, cfg.beta2), eps=1e-6, weight_decay=cfg.weight_decay, fused=True
-    )
+    betas, decay = (0.9, cfg.beta2), cfg.weight_decay
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, betas, 1e-6, decay, fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and layer drop differ between processes
     step = common.load_run(cfg, rank, student, teacher, optimizer, scaler)["step"]
     if cfg.init and step == 0:
@@ -181,12 +172,10 @@ def main():
 
     # ---- batches: recordings, crops and masks depend on (seed, epoch, number of the micro-batch) alone
     longest, mask_of = round(cfg.max_seconds * audio.RATE), partial(draw_mask, cfg)
-    keys = audio.batches_by_length(
-        train.lengths, cfg.max_samples, longest, cfg.seed, step, cfg.steps, accumulation * world, world, rank
-    )
-    loaded = log.watch(
-        loader(audio.Batches(train, cfg.seed, longest, cfg.pad, mask_of), keys, cfg.workers, device)
-    )
+    split = step, cfg.steps, accumulation * world, world, rank
+    keys = audio.batches_by_length(train.lengths, cfg.max_samples, longest, cfg.seed, *split)
+    dataset = audio.Batches(train, cfg.seed, longest, cfg.pad, mask_of)
+    loaded = log.watch(loader(dataset, keys, cfg.workers, device))
     if rank == 0:
         evaluate = probes.SpeechProbe(cfg, train, valid, mask_of, log, device, autocast)
         if step in (0, cfg.steps) and log.scored < step:

@@ -26,9 +26,7 @@ from tools import convert, probes
 
 @dataclass
 class Config(RunConfig):
-    init_teacher: str = option(
-        "teacher", "with --init: the file's teacher or student", ("teacher", "student")
-    )
+    init_teacher: str = option("teacher", "network of --init to start from", ("teacher", "student"))
     global_batch: int = option(32, "sequences per update, over all processes", min_=1)
     micro_batch: int = option(0, "most sequences a process holds at once; 0: no limit", min_=0)
     # model
@@ -60,9 +58,7 @@ class Config(RunConfig):
     guard_after: int = option(5000, "from this step on a collapsed run stops; -1: never", min_=-1)
     # optimiser
     lr: float = option(2e-4, "peak learning rate", min_=0)
-    schedule: str = option(
-        "tri_stage", "after the warm-up: hold, then decay; or a cosine", ("tri_stage", "cosine")
-    )
+    schedule: str = option("tri_stage", "hold, then decay; or a cosine", ("tri_stage", "cosine"))
     warmup: float = option(0.05, "fraction of the steps; too short: divergence", min_=0, max_=1)
     decay: float = 0.15  # tri_stage: fraction of the steps for the final decay
     final_scale: float = 0.01  # learning rate at the last step, as a fraction of lr
@@ -142,16 +138,14 @@ def main():
     torch.manual_seed(cfg.seed)
     student = build(cfg, vocabulary.size).to(device)
     teacher = Teacher(student.encoder, ("embed",) if cfg.share_embedding else (), cfg.window)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), cfg.lr, (0.9, cfg.beta2), eps=1e-6, weight_decay=cfg.weight_decay, fused=True
-    )
+    betas, decay = (0.9, cfg.beta2), cfg.weight_decay
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, betas, 1e-6, decay, fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout differs between processes
     spelled = vocabulary.spell()
     state = common.load_run(cfg, rank, student, teacher, optimizer, scaler)
     step = state["step"]
-    common.require(
-        state.get("vocabulary", spelled) == spelled, f"--data {cfg.data}: not this run's vocabulary"
-    )
+    same = state.get("vocabulary", spelled) == spelled
+    common.require(same, f"--data {cfg.data}: has another vocabulary than this run")
     if cfg.init and step == 0:
         convert.init_run(cfg, student, teacher, vocabulary_text=spelled)
     log = common.Log(cfg, step, rank, device, "tokens")
@@ -183,9 +177,8 @@ def main():
             ddp.require_backward_grad_sync = i == accumulation - 1
             # ---- data2vec (mask: drawn with the batch)
             with autocast:
-                y = top_k_average(
-                    teacher(tokens), cfg.top_k, cfg.norm, cfg.final_norm
-                )  # (B, T, D), of the FULL text
+                layers = teacher(tokens)  # (B, T, D), of the FULL text
+                y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)
                 f, _, _ = ddp(batch["corrupted"], mask)  # (M, D), from the corrupted text
             if cfg.objective == "mlm":  # the comparison: f are logits, the target is the token itself
                 micro_loss = F.cross_entropy(f.float(), tokens[mask], reduction="sum") / num_masked

@@ -24,9 +24,7 @@ from tools import convert, probes
 
 @dataclass
 class Config(RunConfig):
-    init_teacher: str = option(
-        "teacher", "with --init: the file's teacher or student", ("teacher", "student")
-    )
+    init_teacher: str = option("teacher", "network of --init to start from", ("teacher", "student"))
     global_batch: int = option(128, "images per update, over all processes", min_=1)
     micro_batch: int = option(0, "most images a process holds at once; 0: no limit", min_=0)
     # model
@@ -100,9 +98,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 # --init ckpt.pt of `large`: the schedule restarts, the teacher becomes the student; paper 86.6; not run here
-PRESETS["large_phase2"] = PRESETS["large"] | dict(
-    init_teacher="student", tau_0=0.9999, tau_e=0.9999, warmup=0.05
-)
+PHASE2 = dict(init_teacher="student", tau_0=0.9999, tau_e=0.9999, warmup=0.05)
+PRESETS["large_phase2"] = PRESETS["large"] | PHASE2
 
 
 def build(cfg: Config) -> Student:
@@ -179,9 +176,8 @@ def main():
             ddp.require_backward_grad_sync = i == accumulation - 1
             # ---- data2vec (mask: drawn with the view)
             with autocast:
-                y = top_k_average(
-                    teacher(view), cfg.top_k, cfg.norm, cfg.final_norm
-                )  # (B, T, D), of all patches
+                layers = teacher(view)  # (B, T, D), of all patches
+                y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)
                 f, _, _ = ddp(view, mask)  # (M, D), from the visible patches
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=1 / cfg.dim) / num_masked
             scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum

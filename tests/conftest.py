@@ -1,6 +1,7 @@
 import http.server
 import os
 import shutil
+import signal
 import sys
 import threading
 from functools import partial
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"  # real data sets, where a checkout has them beside it
 
+import common  # noqa: E402
 from data import synthetic, text  # noqa: E402
 from tests import helpers  # noqa: E402
 from tools import probes  # noqa: E402
@@ -20,6 +22,16 @@ from tools import probes  # noqa: E402
 
 def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def no_signals():
+    """After a run inside this process signals mean again what they meant."""
+    handlers = {number: signal.getsignal(number) for number in common.SIGNALS}
+    yield
+    common.received.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
