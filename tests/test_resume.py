@@ -177,10 +177,10 @@ def test_torchrun_trains_the_same_run(data, tmp_path):
     assert_same_run(tmp_path / "double", tmp_path / "single")
 
 
-def test_workers_load_the_same_however_they_start(loop, tmp_path):
-    """Unlike forked ones they get the data sets pickled, as spawned ones do, which take longer to start."""
+def test_spawned_workers_load_the_same(loop, tmp_path):
+    """Spawned ones, as on Windows and macOS, get the data sets pickled."""
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_start_method("spawn", force=True)
     try:
         done(call(loop.script, *loop.flags, "--steps", 3, "--workers", 2, "--out", tmp_path / "run"))
     finally:

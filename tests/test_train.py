@@ -3,9 +3,13 @@
 import gc
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,7 +20,7 @@ from data import images, synthetic, text
 from model import Teacher, WaveEmbed
 from tests import helpers
 from tests.checkpoints import build
-from tests.helpers import SCRIPTS, TINY, checkpoint, done, refused, results, rows
+from tests.helpers import SCRIPTS, TINY, checkpoint, done, launch, refused, results, rows
 from tools import probes
 
 KINDS = list(SCRIPTS)
@@ -418,3 +422,23 @@ def test_presets_split_among_the_usual_numbers_of_processes():
                 SCRIPTS["speech"].micro_batch_count(cfg, world)
             else:
                 common.accumulation_steps(cfg.global_batch, cfg.micro_batch, world)
+
+
+def test_names_that_are_not_utf8(data, monkeypatch, tmp_path):
+    """A broken picture is named in a terminal that takes UTF-8 alone."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    folder = tmp_path / "vision"
+    shutil.copytree(data / "vision", folder)
+    bad = os.fsencode(folder / helpers.DAMAGED["vision"][0])
+    os.rename(bad, bad.replace(b"04", b"\xe9"))
+    flags = *TINY["vision"], "--steps", 1, "--data", folder, "--out", tmp_path / "run"
+    assert r"train/cat/\udce9.png: " in done(launch(SCRIPTS["vision"], *flags))
+
+
+def test_the_modules_that_windows_lacks_are_not_needed(tmp_path):
+    lines = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import common, finetune;"
+    lines += "common.run(finetune.main)"
+    flags = ["--steps", "1", "--device", "cpu", "--workers", "0", "--label_fraction", "0.01", "--out"]
+    command = [sys.executable, "-c", lines, *flags, tmp_path / "run"]
+    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+    assert results(tmp_path / "run")["peak_memory_gb"] is None
