@@ -462,8 +462,9 @@ class Log:
         rng = gather([source.get_rng_state() for source in random_states(self.device)])
         if self.rank == 0:
             parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-            state = {name: part and part.state_dict() for name, part in parts.items()} | more
-            save(self.folder / "ckpt.pt", state | {"step": step, "config": asdict(self.cfg), "rng": rng})
+            state = {name: part and part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "config": asdict(self.cfg), "rng": rng}
+            save(self.folder / "ckpt.pt", state | more)
         if stop:
             gather(None)  # until the first process has written
             if self.rank == 0:
