@@ -79,7 +79,7 @@ def listener(folder, task):
 
 
 def test_runs_and_their_results(learned, speech):
-    words = sum(len(text.split()) for text in audio.open_data(str(speech), show=False)[1].transcripts)
+    words = sum(len(text.split()) for text in audio.open_data(str(speech))[1].transcripts)
     kinds = ("letters", "wer", min, letters.LETTERS), ("sounds", "map", max, CLASSES)
     for task, metric, best_of, classes in kinds:
         lines, numbers = rows(learned[task]), results(learned[task])
@@ -271,7 +271,7 @@ def test_a_damaged_recording_is_named_and_not_measured(speech, run, learned, tmp
 
 def test_eval_only_measures_what_the_model_says(learned, speech, run, tmp_path):
     done(run("--task images --eval_only --out", tmp_path / "run", init=learned["early"] / "ckpt.pt"))
-    listen, held_out = listener(learned["early"], "letters"), audio.open_data(str(speech), show=False)[1]
+    listen, held_out = listener(learned["early"], "letters"), audio.open_data(str(speech))[1]
     guesses = [letters.decode_greedy(listen(held_out.load(i)))[0] for i in range(len(held_out))]
     pairs, numbers = list(zip(held_out.transcripts, guesses)), results(tmp_path / "run")
     expected = letters.wer(pairs)
@@ -322,7 +322,7 @@ def test_the_beam_search_uses_the_language_model(monkeypatch, learned, run, tmp_
 def test_predict_writes_words_with_their_times_or_events(learned, speech, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("broken.wav").write_text("no audio")
-    held_out = audio.open_data(str(speech), show=False)[1]
+    held_out = audio.open_data(str(speech))[1]
     paths = [held_out.names[0], "broken.wav", "none.wav", held_out.names[5]]
     predict = "--dtype", "float32", "--predict"
     lines = done(call(finetune, "--init", learned["early"] / "ckpt.pt", *predict, *paths)).splitlines()
