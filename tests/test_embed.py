@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from data import audio, images
+from data import images
 from model import Teacher
 from tests import checkpoints
 from tests.helpers import call, done, refused
