@@ -228,8 +228,7 @@ def read_events(path, classes):
 
 
 def read_lines(path, errors="replace"):
-    """The lines of a UTF-8 file, stripped; other bytes become U+FFFD, which no alphabet has, or stay in names
-    of files ("surrogateescape")."""
+    """The stripped lines of a UTF-8 file. Other bytes become U+FFFD, or stay ("surrogateescape")."""
     require(os.path.isfile(path), f"{path}: no such file; check its name and the folder")
     with open(path, encoding="utf-8-sig", errors=errors) as file:
         return [line.strip() for line in file]

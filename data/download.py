@@ -19,10 +19,8 @@ def download(url, path, md5=None):
             try:
                 fetch(url, new)
             except (OSError, HTTPException, ValueError) as error:  # no route, 404, timeout, not a URL
-                reason = str(error) or type(error).__name__
-                raise UserError(
-                    f"{url}: {reason}; run this again, or download it by hand to {path}"
-                ) from error
+                reason = f"{str(error) or type(error).__name__}; run this again, or download it by hand"
+                raise UserError(f"{url}: {reason} to {path}") from error
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)

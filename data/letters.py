@@ -9,7 +9,6 @@ import gzip
 import itertools
 import math
 import re
-import sys
 import unicodedata
 from dataclasses import replace
 from typing import NamedTuple
@@ -106,7 +105,7 @@ def decode_beam(log_probs, dictionary=LETTERS, beam=50, lm=None, lm_weight=2, wo
 
     @functools.cache
     def lm_score(words):
-        if not words or not lm:
+        if not words:
             return 0.0
         score = lm_weight * lm.score(["<s>", *words[:-1]], words[-1]) + word_score
         return lm_score(words[:-1]) + score + (0 if words[-1] in lm.words else UNKNOWN_SCORE)
@@ -150,13 +149,12 @@ def decode_beam(log_probs, dictionary=LETTERS, beam=50, lm=None, lm_weight=2, wo
 
 
 class ArpaLM:
-    """A back-off n-gram model from an ARPA file, plain or .gz, with words in the dictionary's letters.
-
-    prob, backoff: {n-gram, a tuple of words: log10}. Raises UserError."""
+    """The back-off n-gram model of an ARPA file (or .gz), in the dictionary's letters. Raises UserError."""
 
     def __init__(self, path, dictionary=LETTERS):
-        self.prob, self.backoff, self.order, line = {}, {}, 0, ""
-        spell = functools.cache(lambda w: w if w[0] == "<" else sys.intern(clean(w, dictionary)[0] or w))
+        self.prob, self.backoff = {}, {}  # {n-gram, a tuple of words: log10}
+        self.order, line = 0, ""
+        spell = functools.cache(lambda w: w if w[0] == "<" else clean(w, dictionary)[0] or w)
         try:
             with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
                 for line in map(str.strip, file):
