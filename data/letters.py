@@ -164,7 +164,8 @@ class ArpaLM:
                         p, *words = line.replace("<UNK>", "<unk>").split()
                         gram = tuple(map(spell, words[: self.order]))
                         self.prob[gram] = max(float(p), self.prob.get(gram, -100.0))  # some tools write -inf
-                        self.backoff[gram] = max(sum(map(float, words[self.order :])), -100.0)
+                        if len(words) > self.order:
+                            self.backoff[gram] = max(float(words[self.order]), -100.0)
         except (OSError, EOFError, ValueError) as error:
             raise UserError(f"{path}: not an ARPA file ({error})") from None
         require(self.prob and line == "\\end\\", f"{path}: not an ARPA file, or truncated")

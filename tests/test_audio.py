@@ -334,6 +334,8 @@ def test_events(tmp_path):
         (tmp_path / "valid.csv").rename(tmp_path / f"{name}.csv")
         assert audio.open_events(root)[2].lengths.tolist() == [1003, 1002]
         (tmp_path / f"{name}.csv").rename(tmp_path / "valid.csv")
+    (tmp_path / "valid.csv").unlink()
+    assert [s.lengths.tolist() for s in audio.open_events(root)[1:]] == [[1001], [1000]]  # every 20th
     for reason, table in (
         ("train.csv line 2: ", "clips/1000.wav,Dog\nclips/1001.wav,Cat;Cow\n"),
         ("train.csv line 1: ", "clips/1000.wav,Car, passing by\n"),
