@@ -146,14 +146,14 @@ def open_data(root, train=(), valid=(), min_seconds=0.0, classes=()):
     train = train or find_splits(root, ("train",), ends) or ["train.csv" if classes else ""]
     valid = valid or find_splits(root, ("dev", "valid", "val", "validation"), ends)
     valid = valid or find_splits(root, ("test", "eval"), ends)
-    held_out = ", ".join(valid) or "every 20th of it"
-    say(f"{root}: training on {', '.join(train) or 'all'}; validation: {held_out}")
     options = {"min_samples": max(MIN_SAMPLES, min_seconds * RATE), "classes": classes}
     learn = open_split(root, *train, **options)
     test = open_split(root, *valid, **options) if valid else learn.part(range(0, len(learn), 20))
     taken = set() if train == valid else set(test.names)
     kept = [i for i, name in enumerate(learn.names) if name not in taken]
     require(kept, f"{root}: no utterance is left for training; add some, or choose other splits")
+    held_out = ", ".join(valid) or "every 20th of it"
+    say(f"{root}: training on {', '.join(train) or 'all'}; validation: {held_out}")
     return learn.part(kept), test
 
 
