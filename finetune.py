@@ -376,11 +376,11 @@ class Letters(Speech):
     kind, metric, sign = "letters", "wer", -1
 
     def setup(self):
-        cfg, show = self.cfg, self.rank == 0
+        cfg = self.cfg
         if cfg.eval_only and cfg.valid and cfg.data:  # no training data needed
-            train = valid = audio.open_split(cfg.data, *cfg.valid, show=show)
+            train = valid = audio.open_split(cfg.data, *cfg.valid)
         else:
-            train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, show=show)
+            train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid)
         self.build(self.tuned or letters.alphabet(train.transcripts))
         longest, frames = cfg.max_seconds * audio.RATE, self.model.encoder.embed.frames
         valid, self.skipped = letters.transcribed(valid, self.classes, math.inf)
@@ -388,7 +388,7 @@ class Letters(Speech):
             train, left_out = letters.transcribed(train, self.classes, longest, frames)
             self.skipped += left_out
         self.use(train, valid)
-        self.lm = letters.ArpaLM.read(cfg.lm, self.classes) if cfg.lm else None
+        self.lm = letters.ArpaLM(cfg.lm, self.classes) if cfg.lm else None
 
     def size(self, batch):
         return sum(len(self.train.transcripts[i]) + 1 for i in batch["indices"].tolist())  # "|" at the end
@@ -427,7 +427,7 @@ class Sounds(Speech):
     def setup(self):
         cfg = self.cfg
         tables = cfg.valid if cfg.eval_only else cfg.train
-        classes, *splits = audio.open_events(cfg.data, tables, cfg.valid, show=self.rank == 0)
+        classes, *splits = audio.open_events(cfg.data, tables, cfg.valid)
         self.use(*splits)
         self.build(self.tuned if sorted(self.tuned or []) == sorted(classes) else classes)
 

@@ -129,8 +129,7 @@ class Encoder(nn.Module):
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
         x, biases = self.embed.add_positions(x, valid)
         if valid is not None or window:
-            grid = self.embed.grid or (x.shape[1],)
-            near = neighbours(grid, window, x.device) if window else None
+            near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
             biases = [attention_mask(bias, valid, near, self.prefix) for bias in biases]
         layers = []
         for l, block in enumerate(self.blocks):
@@ -143,12 +142,10 @@ class Encoder(nn.Module):
 
 
 def attention_mask(bias, valid, near, prefix):
-    """Forbids attention to padding and beyond a window, on top of a bias (broadcast to B, heads, T, T).
-
-    valid (B, T) bool, near (T, T) bool; in a window no position attends to the prefix, which attends to all.
-    Without a bias the result is boolean, True = attends; a query that attends to nothing gets 0.
-    """
-    allowed = torch.ones((), dtype=torch.bool, device=(near if valid is None else valid).device)
+    """Forbids attention to padding, not valid (B, T), and beyond a window, not near (T, T), on top of a bias
+    (broadcast to B, heads, T, T; None: the result is bool, True = attends). In a window no position attends
+    to the prefix, which attends to all; a query that attends to nothing gets 0."""
+    allowed = True
     if valid is not None:
         allowed = F.pad(valid, (prefix, 0), value=True)[:, None, None, :]  # (B, 1, 1, prefix + T)
     if near is not None:
@@ -221,7 +218,6 @@ class WaveEmbed(nn.Module):
 
     convs    (channels, kernel, stride) of each layer: convolution without bias, LayerNorm over channels, GELU
     kernel   of each of the pos_depth position convolutions, which have `groups` groups
-    dropout  of the Transformer's input; eps of `norm` and `content.norm`
     """
 
     prefix, mask_token, grid = 0, True, None
@@ -355,15 +351,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, encoder, tau):
-        """delta = tau * delta + (1 - tau) * theta, in float32, after each optimiser step; none if tau >= 1.
+        """delta = tau * delta + (1 - tau) * theta, in float32, after each optimiser step.
         Shared modules (and integer buffers, if any) are copied instead."""
         delta, theta = self.encoder.state_dict(), encoder.state_dict()
         average = [n for n, t in delta.items() if t.is_floating_point() and not n.startswith(self.shared)]
-        copied = [n for n in delta if n not in set(average)]
-        if average and tau < 1:
+        if tau < 1:
             torch._foreach_lerp_([delta[n] for n in average], [theta[n].float() for n in average], 1 - tau)
-        if copied:
-            torch._foreach_copy_([delta[n] for n in copied], [theta[n] for n in copied])
+        for n in delta.keys() - set(average):
+            delta[n].copy_(theta[n])
 
     @torch.no_grad()
     def forward(self, input, lengths=None):

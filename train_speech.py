@@ -150,7 +150,7 @@ def main():
     common.check_sizes(cfg)
     rank, world, device, autocast, scaler = common.start_processes(cfg.device, cfg.dtype)
     accumulation = micro_batch_count(cfg, world)
-    train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, cfg.min_seconds, show=rank == 0)
+    train, valid = audio.open_data(cfg.data, cfg.train, cfg.valid, cfg.min_seconds)
 
     # ---- student, teacher, optimiser
     torch.manual_seed(cfg.seed)

@@ -6,13 +6,11 @@ python -m data.audio librispeech --splits dev-clean test-clean --out DIR    writ
 import argparse
 import contextlib
 import csv
-import functools
 import glob
 import io
 import itertools
 import math
 import os
-import re
 import tarfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,7 +20,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from common import UserError, require, run
+from common import UserError, first_process, require, run, say
 from data import synthetic
 from data.download import download
 
@@ -45,10 +43,8 @@ def decode(path, count_only=False):
     """-> (N,) float32, mono (mean of the channels), or N alone, by the header if it has it; its rate."""
     with open(path, "rb") as file:
         head = file.read(4096)
-        head += file.read(2**20 if head[:3] == b"ID3" else 0)  # tags, perhaps with a picture
-    sized = any(mark in head for mark in (b"fLaC", b"OggS", b"Xing", b"Info", b"VBRI"))
-    opener, empty = open if sized else Endless, b"data" + bytes(4)
-    source = opener(path, "rb")
+    sized, empty = b"fLaC" in head or b"OggS" in head, b"data" + bytes(4)
+    source = (open if sized else Endless)(path, "rb")
     if head[:4] == b"RIFF" and empty in head:  # written to a pipe, and never completed
         source = io.BytesIO(source.read().replace(empty, b"data" + b"\xff" * 4, 1))
     with source, soundfile.SoundFile(source) as file:
@@ -60,8 +56,9 @@ def decode(path, count_only=False):
         with contextlib.suppress(soundfile.LibsndfileError if size == 1152 else ()):  # in a last, cut frame
             while not blocks or len(blocks[-1]):
                 blocks.append(file.read(size, "float32", always_2d=True).mean(1))
-        x, rest = np.concatenate(blocks), os.path.getsize(path) - source.tell()
-    if len(x) < promised - file.samplerate / 4 or (sized and rest > 0.1 * os.path.getsize(path)):
+        x, total = np.concatenate(blocks), os.path.getsize(path)
+        rest = total - source.tell() if file.format in ("FLAC", "OGG", "MP3") else 0  # others end with notes
+    if len(x) < promised - file.samplerate / 4 or rest > 0.1 * total:
         raise ValueError(f"truncated, or several files in one: {len(x)} samples, and {rest} bytes are left")
     return len(x) if count_only else x, file.samplerate
 
@@ -85,10 +82,9 @@ def resample(x, rate):
     half = math.ceil(45 / scale)  # 45 zero crossings a side; Kaiser beta for 70 dB
     y = np.empty(round(len(x) * RATE / rate), np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, (half, half + down + 1)), 2 * half + 1)
-    offset = np.arange(-half, half + 1)
     for phase in range(min(up, len(y))):  # outputs phase, phase + up, ... have the same filter
         first, rest = divmod(phase * down, up)
-        distance = offset - rest / up
+        distance = np.arange(-half, half + 1) - rest / up
         taper = np.i0(6.8 * np.sqrt(np.maximum(0, 1 - (distance / (half + 1)) ** 2)))
         taps = np.sinc(0.95 * scale * distance) * taper
         taps = (taps / taps.sum()).astype(np.float32)
@@ -111,12 +107,7 @@ def in_windows(network, wave):
         stop = None if start == starts[-1] else (start + WINDOW - 1) * STRIDE + MIN_SAMPLES
         x = network(wave[:, start * STRIDE : stop])[0]
         parts.append(x[:, OVERLAP if start else 0 : -OVERLAP if stop else None])
-    if len(parts) > 1:
-        print_once(f"recordings over {WINDOW / 50:g} s are cut into parts of that length, which overlap")
     return torch.cat(parts, 1)
-
-
-print_once = functools.cache(tqdm.write)
 
 
 @dataclass
@@ -140,136 +131,107 @@ class Utterances:
         return normalise(self.waves[i] if self.waves else load_audio(self.names[i]))
 
 
-def open_data(root, train=(), valid=(), min_seconds=0.0, show=True):
+def open_data(root, train=(), valid=(), min_seconds=0.0, classes=()):
     """-> (train, valid): Utterances of the splits of a folder (see open_split); "": synthetic speech.
 
-    Defaults: train is train/, all train-*/ or all; valid is dev/, valid/, val/, all dev-*/, test/ or every
-    20th of train. A folder of sound events gives its clips. What is in valid is left out of train."""
+    Defaults: train is train/, all train-*/, train.tsv, train.csv or all; valid likewise dev, valid, val, or
+    test, or every 20th of train. What is in valid is left out of train, unless both are the same."""
     if not root:
         return [
             Utterances([f"synthetic {i}" for i in range(len(w))], np.array([len(x) for x in w]), texts, w)
             for w, texts in synthetic.speech()
         ]
     require(os.path.isdir(root), f"{root}: no such folder; give the one that holds train/ and dev/")
-    options = {"min_samples": max(MIN_SAMPLES, min_seconds * RATE), "show": show}
-    splits = train or find_splits(root, "train")
-    if not splits and find_splits(root, "train", ends=(".csv",)):
-        _, train, valid = open_events(root, **options)
-        train.transcripts, valid.transcripts = [""] * len(train), [""] * len(valid)
-        return train, valid
-    held_out = valid or find_splits(root, "dev", "valid", "val", "validation") or find_splits(root, "test")
-    if show:
-        show_splits(root, splits, held_out)
-    train = open_split(root, *splits or [""], **options)
-    valid = open_split(root, *held_out, **options) if held_out else train.part(range(0, len(train), 20))
-    held_out = set(valid.names)
-    kept = [i for i, name in enumerate(train.names) if name not in held_out]
+    ends = (".csv",) if classes else ("/", "-*/", ".tsv", ".csv")
+    train = train or find_splits(root, ("train",), ends) or ["train.csv" if classes else ""]
+    valid = valid or find_splits(root, ("dev", "valid", "val", "validation"), ends)
+    valid = valid or find_splits(root, ("test", "eval"), ends)
+    options = {"min_samples": max(MIN_SAMPLES, min_seconds * RATE), "classes": classes}
+    learn = open_split(root, *train, **options)
+    test = open_split(root, *valid, **options) if valid else learn.part(range(0, len(learn), 20))
+    taken = set() if train == valid else set(test.names)
+    kept = [i for i, name in enumerate(learn.names) if name not in taken]
     require(kept, f"{root}: no utterance is left for training; add some, or choose other splits")
-    return train.part(kept), valid
+    held_out = ", ".join(valid) or "every 20th of it"
+    say(f"{root}: training on {', '.join(train) or 'all'}; validation: {held_out}")
+    return learn.part(kept), test
 
 
-def find_splits(root, *names, ends=("/", "-*/", ".tsv")):
-    """-> a list: the first folder of these names (in any case), else all folders NAME-*, else a manifest."""
+def open_events(root, train=(), valid=()):
+    """-> (classes, train, valid): lines of classes.txt, clips with sound events as transcripts (AudioSet)."""
+    classes = [line for line in read_lines(os.path.join(root, "classes.txt")) if line]
+    return classes, *open_data(root, train, valid, classes=classes)
+
+
+def find_splits(root, names, ends):
+    """-> a list: the first folder of these names (in any case), else all folders NAME-*, else a table."""
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
     patterns = [name + end for end in ends for name in names]
     found = ([name for name in entries if fnmatchcase(name.lower(), p)] for p in patterns)
     return next(filter(None, found), [])
 
 
-def show_splits(root, train, valid):
-    """Prints the splits that are used, and others of customary names."""
-    used = {name.rstrip("/").partition(".")[0] for name in train + valid}
-    found = [name for name in os.listdir(root) if re.match("train|dev|val|test|eval", name, re.I)]
-    others = ", ".join(sorted({name.partition(".")[0] for name in found} - used)) if train else ""
-    valid = ", ".join(valid) or "every 20th of it"
-    print(f"{root}: training on {', '.join(train) or 'all'}; validation: {valid}; not used: {others or '-'}")
-
-
-def open_split(root, *splits, min_samples=MIN_SAMPLES, show=True):
-    """-> Utterances of the folders root/split ("": root) or manifests root/split.tsv. Raises UserError."""
-    transcripts = {}  # {path: words}
+def open_split(root, *splits, min_samples=MIN_SAMPLES, classes=()):
+    """-> Utterances of folders root/split ("": root), manifests root/split.tsv or tables root/split.csv, of
+    at least min_samples by their headers. Raises UserError."""
+    transcripts, lengths, skipped = {}, {}, []  # by path: words, samples
     for split in splits:
         path = os.path.join(root, split)
-        transcripts |= read_folder(path) if os.path.isdir(path) else read_manifest(path)
-    return measure(transcripts, os.path.join(root, splits[0]), min_samples, show)
+        if classes or path.endswith(".csv"):
+            transcripts |= read_events(path.removesuffix(".csv") + ".csv", classes)
+        else:
+            transcripts |= read_folder(path) if os.path.isdir(path) else read_manifest(path)
+    for path in tqdm(transcripts, "lengths", disable=None if first_process() else True):
+        try:
+            count, rate = decode(path, count_only=True)
+            lengths[path] = round(count * RATE / rate)
+        except AUDIO_ERRORS as error:
+            skipped.append(f"{path}: {error}")
+    lengths = {path: samples for path, samples in lengths.items() if samples >= min_samples}
+    reason = skipped[:1] or f"no {' '.join(ENDINGS)} of {min_samples / RATE:g} s or more"
+    require(lengths, f"{root}/{splits[0]}: no recording can be used ({reason}); check the folder")
+    words = [transcripts[path] for path in lengths]
+    return Utterances(list(lengths), np.array(list(lengths.values())), words, skipped=skipped)
 
 
 def read_folder(folder):
     """Recordings below a folder -> {path: words}, from lines `NAME WORDS` of *.trans.txt beside them."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True))
-    stems = {path: os.path.splitext(path)[0] for path in paths if path.lower().endswith(ENDINGS)}
-    words, known = {}, set(stems.values())
+    paths, words = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True), {}
     for path in paths:
         for line in read_lines(path, "surrogateescape") if path.endswith(".trans.txt") else ():
-            line = os.path.join(os.path.dirname(path), line)
-            ends = [space.start() for space in re.finditer(r"\s", line)]  # a name may have spaces
-            name = next((line[:end] for end in ends if line[:end] in known), "")
-            words[name] = " ".join(line[len(name) :].split())
-    return {path: words.get(stem, "") for path, stem in stems.items()}
+            name, *text = line.split() or [""]
+            words[os.path.join(os.path.dirname(path), name)] = " ".join(text)
+    paths = sorted(path for path in paths if path.lower().endswith(ENDINGS))
+    return {path: words.get(os.path.splitext(path)[0], "") for path in paths}
 
 
 def read_manifest(path):
     """fairseq's NAME.tsv (a folder, then lines `PATH TAB ...`) and NAME.wrd, if there -> {path: words}."""
     stem = path.removesuffix(".tsv")
     folder, *lines = read_lines(f"{stem}.tsv", "surrogateescape") or [""]
-    folder = os.path.join(os.path.dirname(stem), folder)
-    names = [os.path.join(folder, line.split("\t")[0]) for line in lines if line]
+    names = [os.path.join(os.path.dirname(stem), folder, line.split("\t")[0]) for line in lines if line]
     texts = read_lines(f"{stem}.wrd") if os.path.isfile(f"{stem}.wrd") else [""] * len(names)
     require(len(texts) == len(names), f"{stem}.tsv: {len(names)} recordings, but {len(texts)} transcripts")
     return dict(zip(names, texts))
 
 
+def read_events(path, classes):
+    """A table of lines `PATH,EVENT;EVENT` -> {path: "event;event", or "" if there are no classes}."""
+    clips = {}
+    for number, line in enumerate(csv.reader(read_lines(path)), 1):
+        if line and line != ["path", "labels"]:
+            events = [event.strip() for event in line[-1].strip(" ;").split(";")] if classes else []
+            valid = len(line) == 2 and set(events) <= set(classes)
+            require(valid, f"{path} line {number}: must be PATH,EVENT;EVENT of classes.txt")
+            clips[os.path.join(os.path.dirname(path), line[0])] = ";".join(events)
+    return clips
+
+
 def read_lines(path, errors="replace"):
-    """The lines of a UTF-8 file, stripped; other bytes become U+FFFD, which no alphabet has, or stay in names
-    of files ("surrogateescape")."""
+    """The stripped lines of a UTF-8 file. Other bytes become U+FFFD, or stay ("surrogateescape")."""
     require(os.path.isfile(path), f"{path}: no such file; check its name and the folder")
     with open(path, encoding="utf-8-sig", errors=errors) as file:
         return [line.strip() for line in file]
-
-
-def measure(transcripts, source, min_samples, show):
-    """{path: transcript} -> Utterances of at least min_samples, as long as their headers say."""
-    found, lengths, skipped = [], [], []
-    for path in tqdm(transcripts, "lengths", disable=None if show else True):
-        try:
-            count, rate = decode(path, count_only=True)
-            samples = round(count * RATE / rate)
-            if samples >= min_samples:
-                found.append(path)
-                lengths.append(samples)
-        except AUDIO_ERRORS as error:
-            skipped.append(f"{path}: {error}")
-    reason = skipped[:1] or f"no {' '.join(ENDINGS)} of {min_samples / RATE:g} s or more"
-    require(found, f"{source}: no recording can be used ({reason}); check the folder")
-    return Utterances(found, np.array(lengths), [transcripts[path] for path in found], skipped=skipped)
-
-
-def open_events(root, train=(), valid=(), min_samples=MIN_SAMPLES, show=True):
-    """-> (classes, train, valid): clips with sound events (AudioSet) as transcripts, from the lines of
-    classes.txt and lines `PATH,EVENT;EVENT` of train.csv and valid.csv (val, dev, ...), or of those named."""
-    classes = [line for line in read_lines(os.path.join(root, "classes.txt")) if line]
-    train = train or find_splits(root, "train", ends=(".csv",)) or ["train.csv"]
-    names = ("valid", "validation", "val", "dev", "eval", "test")
-    valid = valid or find_splits(root, *names, ends=(".csv",)) or ["valid.csv"]
-    if show:
-        show_splits(root, train, valid)
-    clips, held_out = read_events(root, train, classes), read_events(root, valid, classes)
-    if train != valid:
-        clips = {path: events for path, events in clips.items() if path not in held_out}
-    return classes, *(measure(part, root, min_samples, show) for part in (clips, held_out))
-
-
-def read_events(root, names, classes):
-    clips = {}  # {path: "event;event"}
-    for name in names:
-        table = os.path.join(root, name.removesuffix(".csv") + ".csv")
-        for number, line in enumerate(csv.reader(read_lines(table)), 1):
-            if line and line != ["path", "labels"]:
-                events = [event.strip() for event in line[-1].strip(" ;").split(";")]
-                valid = len(line) == 2 and set(events) <= set(classes)
-                require(valid, f"{table} line {number}: must be PATH,EVENT;EVENT of classes.txt")
-                clips[os.path.join(root, line[0])] = ";".join(events)
-    return clips
 
 
 def length_groups(lengths, max_samples, seed, epoch, max_length, sort=False):
@@ -306,8 +268,7 @@ class Batches:
     windows of at most max_length samples, padded with zeros or (pad=False) as long as the shortest one."""
 
     def __init__(self, utterances, seed, max_length, pad, masker=None):
-        self.utterances, self.seed = utterances, seed
-        self.max_length, self.pad = max_length, pad
+        self.utterances, self.seed, self.max_length, self.pad = utterances, seed, max_length, pad
         self.masker, self.order = masker, np.argsort(utterances.lengths, kind="stable")
 
     def __getitem__(self, key):
@@ -363,7 +324,6 @@ def main():
     parser.add_argument("--splits", nargs="+", required=True, choices=MD5)
     parser.add_argument("--out", required=True, help="folder for the archives and LibriSpeech/SPLIT/")
     args = parser.parse_args()
-    os.makedirs(args.out, exist_ok=True)
     for split in args.splits:
         archive = os.path.join(args.out, f"{split}.tar.gz")
         download(f"{LIBRISPEECH}/{split}.tar.gz", archive, MD5[split])

@@ -1,48 +1,37 @@
-"""Downloads: to NAME.part, continued after a break, then renamed; the md5 is checked."""
+"""Downloads: a file appears when it is whole; its md5 is checked."""
 
 import hashlib
-import os
 import shutil
 import urllib.request
 from http.client import HTTPException
+from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, require
+from common import UserError, require, whole
 
 
 def download(url, path, md5=None):
     """Downloads url to `path`, unless that file exists, and checks its md5. Raises UserError."""
-    if not os.path.exists(path):
-        try:
-            fetch(url, f"{path}.part")
-        except (OSError, HTTPException, ValueError) as error:  # no route, 404, timeout, not a URL
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{url}: {reason}; run this again, or download it by hand to {path}") from error
-        os.replace(f"{path}.part", path)
-    matches = md5 is None or md5_of(path) == md5
+    path, digest = Path(path), hashlib.md5(usedforsecurity=False)
+    if not path.exists():
+        with whole(path) as new:
+            try:
+                fetch(url, new)
+            except (OSError, HTTPException, ValueError) as error:  # no route, 404, timeout, not a URL
+                reason = f"{str(error) or type(error).__name__}; run this again, or download it by hand"
+                raise UserError(f"{url}: {reason} to {path}") from error
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    matches = md5 in (None, digest.hexdigest())
     require(matches, f"{path}: damaged or another file, its md5 is not {md5}; remove it and run this again")
 
 
 def fetch(url, path):
-    """Downloads url to `path`, or only what is missing of it if the server can do that."""
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        size = size if reply.status == 206 else 0  # otherwise the server sends the whole file
-        length = reply.headers["Content-Length"]
-        total = size + int(length) if length else None
-        bar = tqdm.wrapattr(reply, "read", total=total, initial=size, desc=os.path.basename(url))
-        with bar as stream, open(path, "ab" if size else "wb") as file:
+    with urllib.request.urlopen(url, timeout=30) as reply, open(path, "wb") as file:
+        total = int(reply.headers["Content-Length"] or 0)
+        with tqdm.wrapattr(reply, "read", total=total or None, desc=url.split("/")[-1]) as stream:
             shutil.copyfileobj(stream, file)
-    if total and os.path.getsize(path) < total:
-        raise OSError(f"the connection broke at {os.path.getsize(path)} of {total} bytes")
-
-
-def md5_of(path):
-    """-> md5 of a file, as hexadecimal digits."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+        if file.tell() < total:
+            raise OSError(f"the connection broke at {file.tell()} of {total} bytes")

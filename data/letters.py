@@ -1,29 +1,22 @@
 """Transcripts to letters and back: CTC decoding, with or without a language model of words, and error rates.
 
-python -m data.letters arpa --input FILES --order 3 --out lm.arpa    estimates a language model from text
-
 A dictionary lists the network's outputs: the blank, "|" between words, letters. Longer symbols (<unk> of
 released models) count as the blank.
 """
 
-import argparse
 import functools
 import gzip
 import itertools
 import math
 import re
-import sys
 import unicodedata
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import UserError, require, run, save
-from data.audio import read_lines
+from common import UserError, require
 
 LETTERS = ["<blank>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "'"]
 APOSTROPHES = "'’‘ʼ＇´`"
@@ -112,7 +105,7 @@ def decode_beam(log_probs, dictionary=LETTERS, beam=50, lm=None, lm_weight=2, wo
 
     @functools.cache
     def lm_score(words):
-        if not words or not lm:
+        if not words:
             return 0.0
         score = lm_weight * lm.score(["<s>", *words[:-1]], words[-1]) + word_score
         return lm_score(words[:-1]) + score + (0 if words[-1] in lm.words else UNKNOWN_SCORE)
@@ -156,11 +149,27 @@ def decode_beam(log_probs, dictionary=LETTERS, beam=50, lm=None, lm_weight=2, wo
 
 
 class ArpaLM:
-    """A back-off n-gram model. prob, backoff: {n-gram, a tuple of words: log10}."""
+    """The back-off n-gram model of an ARPA file (or .gz), in the dictionary's letters. Raises UserError."""
 
-    def __init__(self, prob, backoff):
-        self.prob, self.backoff, self.order = prob, backoff, max(map(len, prob))
-        self.words = {gram[0] for gram in prob if len(gram) == 1} - {"<s>", "</s>", "<unk>"}
+    def __init__(self, path, dictionary=LETTERS):
+        self.prob, self.backoff = {}, {}  # {n-gram, a tuple of words: log10}
+        self.order, line = 0, ""
+        spell = functools.cache(lambda w: w if w[0] == "<" else clean(w, dictionary)[0] or w)
+        try:
+            with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+                for line in map(str.strip, file):
+                    if re.fullmatch(r"\\\d+-grams:", line):
+                        self.order = int(line[1:-7])
+                    elif self.order and line and line != "\\end\\":
+                        p, *words = line.replace("<UNK>", "<unk>").split()
+                        gram = tuple(map(spell, words[: self.order]))
+                        self.prob[gram] = max(float(p), self.prob.get(gram, -100.0))  # some tools write -inf
+                        if len(words) > self.order:
+                            self.backoff[gram] = max(float(words[self.order]), -100.0)
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"{path}: not an ARPA file ({error})") from None
+        require(self.prob and line == "\\end\\", f"{path}: not an ARPA file, or truncated")
+        self.words = {gram[0] for gram in self.prob if len(gram) == 1} - {"<s>", "</s>", "<unk>"}
 
     def score(self, history, word):
         """log10 P(word | history) in a sentence <s> ... </s>; an unknown word without <unk>: -100."""
@@ -172,55 +181,6 @@ class ArpaLM:
                 return weight + self.prob[gram]
             weight += self.backoff.get(gram[:-1], 0.0)
         return -100.0
-
-    @classmethod
-    def read(cls, path, dictionary=LETTERS):
-        """An ARPA file, plain or .gz, its words in the dictionary's letters. Raises UserError."""
-        prob, backoff, order, line = {}, {}, 0, ""
-        spell = functools.cache(lambda w: w if w[0] == "<" else sys.intern(clean(w, dictionary)[0] or w))
-        try:
-            with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-                for line in map(str.strip, file):
-                    if re.fullmatch(r"\\\d+-grams:", line):
-                        order = int(line[1:-7])
-                    elif order and line and line != "\\end\\":
-                        p, *words = line.replace("<UNK>", "<unk>").split()
-                        gram = tuple(map(spell, words[:order]))
-                        prob[gram] = max(float(p), prob.get(gram, -100.0))  # some tools write -inf
-                        backoff[gram] = max(sum(map(float, words[order:])), -100.0)
-        except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"{path}: not an ARPA file ({error})") from None
-        require(prob and line == "\\end\\", f"{path}: not an ARPA file, or truncated")
-        return cls(prob, backoff)
-
-
-def kneser_ney(sentences, order):
-    """Lists of words -> ArpaLM: interpolated Kneser-Ney (Chen and Goodman 1999, section 4.1.6).
-
-    P(w | h) = (c(h w) - D) / c(h) + D * N(h) / c(h) * P(w | h without its first word), at last 1 / words.
-    c: counts in the highest order, else different words before; N: different words after; D: by order."""
-    counts, total, kinds, equal = Counter(), Counter(), Counter(), Counter()
-    for words in sentences:
-        words = ("<s>", *words, "</s>")
-        for n in range(1, order + 1):
-            counts.update(words[i : i + n] for i in range(len(words) - n + 1))
-    require(counts, "no sentence to learn from; check --input and --skip")
-    before = Counter(gram[1:] for gram in counts)
-    del counts["<s>",]
-    for gram, c in counts.items():
-        if len(gram) < order and gram[0] != "<s>":
-            c = counts[gram] = before[gram]
-        total[gram[:-1]] += c
-        kinds[gram[:-1]] += 1
-        equal[len(gram), c] += 1
-    prob, rest = {("<s>",): 1e-99, (): 1 / (kinds[()] + 1)}, {}
-    for gram in sorted(counts, key=len):
-        ones, twos, history = equal[len(gram), 1], equal[len(gram), 2], gram[:-1]
-        discount = ones / (ones + 2 * twos) if ones and twos else 0.5
-        rest[history] = discount * kinds[history] / total[history]
-        prob[gram] = (counts[gram] - discount) / total[history] + rest[history] * prob[gram[1:]]
-    prob["<unk>",] = rest.pop(()) * prob.pop(())
-    return ArpaLM(*({gram: math.log10(p) for gram, p in table.items()} for table in (prob, rest)))
 
 
 class Errors(NamedTuple):
@@ -253,29 +213,3 @@ def wer(pairs, split=str.split):
 def cer(pairs):
     """As wer, of characters, the spaces between words included."""
     return wer(pairs, split=lambda text: " ".join(text.split()))
-
-
-def main():
-    parser = argparse.ArgumentParser("python -m data.letters", description="Language models for CTC decoding")
-    parser.add_argument("command", choices=["arpa"])
-    parser.add_argument("--input", nargs="+", required=True, help="text files, a sentence a line")
-    parser.add_argument("--order", type=int, default=3, help="longest n-gram")
-    parser.add_argument("--skip", type=int, default=0, help="words to skip in each line; LibriSpeech: 1")
-    parser.add_argument("--out", required=True, help="ARPA file to write")
-    args = parser.parse_args()
-    lines = [" ".join(line.split()[args.skip :]) for path in args.input for line in read_lines(path)]
-    dictionary = alphabet(lines)
-    sentences = (clean(line, dictionary)[0].split() for line in lines)
-    lm = kneser_ney(filter(None, sentences), args.order)
-    header, body = ["\\data\\"], []
-    for n in range(1, lm.order + 1):
-        grams = [gram for gram in lm.prob if len(gram) == n]
-        header.append(f"ngram {n}={len(grams)}")
-        body += ["", f"\\{n}-grams:"]
-        body += [f"{lm.prob[gram]:.7f}\t{' '.join(gram)}\t{lm.backoff.get(gram, 0):.7f}" for gram in grams]
-    save(Path(args.out), "\n".join([*header, *body, "", "\\end\\", ""]))
-    print(f"{args.out}: {len(lm.prob)} n-grams, {len(lm.words)} words")
-
-
-if __name__ == "__main__":
-    run(main)

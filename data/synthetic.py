@@ -36,8 +36,7 @@ def images(seed=0, n_train=4000, n_val=1000, size=32):
     """-> train, val, each (classes: 10 letters; labels: list of int; images: list of (size, size, 3) uint8).
 
     Stripes, checks, rings and shades continue under a mask, and a part of a letter tells the rest; colour,
-    texture and the area of the letter do not tell the class.
-    """
+    texture and the area of the letter do not tell the class."""
     classes = list("AHMOTUVWXY")
     glyphs = np.stack([glyph(letter) for letter in classes])  # (10, 128, 128)
     splits = []
@@ -78,8 +77,7 @@ def draw(glyphs, labels, size, rng):
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     y, x = axis[None, :, None], axis[None, None, :]  # (1, H, 1), (1, 1, W)
     center_x, center_y = rng.uniform(-0.2, 0.2, (2, n, 1, 1)).astype(np.float32)
-    angle = rng.uniform(-0.35, 0.35, (n, 1, 1)).astype(np.float32)  # radians
-    slant = rng.uniform(-0.2, 0.2, (n, 1, 1)).astype(np.float32)
+    angle, slant = (rng.uniform(-r, r, (n, 1, 1)).astype(np.float32) for r in (0.35, 0.2))  # radians
     scale_x, scale_y = rng.uniform(0.8, 1.15, (2, n, 1, 1)).astype(np.float32)
     u = (np.cos(angle) * (x - center_x) + np.sin(angle) * (y - center_y)) / scale_x
     v = (np.cos(angle) * (y - center_y) - np.sin(angle) * (x - center_x)) / scale_y
@@ -99,8 +97,7 @@ def speech(seed=0, n_train=600, n_valid=60, n_speakers=8, n_words=40):
     """-> (train, valid), each (waves: list of (N,) float32 at 16 kHz, 1 to 2.5 s; transcripts: list of str).
 
     Letters are resonances of a voice or of noise, glide into each other and last 60 to 160 ms; one of four
-    words follows each word; utterance i has the voice of speaker i % n_speakers.
-    """
+    words follows each word; utterance i has the voice of speaker i % n_speakers."""
     rng = np.random.default_rng([seed, 0])
     lexicon = draw_lexicon(rng, n_words)
     follows = [rng.choice(n_words, 4, replace=False) for _ in lexicon]
@@ -218,8 +215,7 @@ def paragraphs():
     with contextlib.suppress(ImportError):  # some systems leave it out
         from pydoc_data.topics import topics
 
-        for name in sorted(topics):
-            yield [topics[name].strip()]
+        yield from ([topics[name].strip()] for name in sorted(topics))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for folder in ["", *STDLIB_PACKAGES]:
         for path in sorted(Path(sysconfig.get_paths()["stdlib"], folder).glob("*.py")):

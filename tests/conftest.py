@@ -88,31 +88,26 @@ def finished(tmp_path_factory, data):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine: .url; .files {path: bytes}; .cut: bytes after which it hangs up; .ranges:
-    whether it goes on in the middle of a file; .asked [(path, Range header)]."""
+    """A web server on this machine: .url; .files {path: bytes}; .cut: bytes after which it hangs up;
+    .asked [path]."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            wanted = self.headers.get("Range")
-            it.asked.append((self.path, wanted))
+            it.asked.append(self.path)
             if self.path not in it.files:
                 return self.send_error(404)
             content = it.files[self.path]
-            start = int(wanted[6:-1]) if wanted and it.ranges else 0  # bytes=START-
-            if start >= len(content):
-                return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[start : start + it.cut] if it.cut else content[start:])
+            self.wfile.write(content[: it.cut])
 
         def log_message(self, *args):
             pass
 
     it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    it.url, it.files, it.cut = f"http://127.0.0.1:{it.server_port}", {}, None
-    it.ranges, it.asked = True, []
+    it.url, it.files, it.cut, it.asked = f"http://127.0.0.1:{it.server_port}", {}, None, []
     threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True).start()
     yield it
     it.shutdown()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import audio, synthetic
-from tests import checkpoints
+from tests import checkpoints, test_letters
 
 ROOT = Path(__file__).parent.parent
 LOOP = r"for (\w+) in (\S+) .*; do (.*); done"  # one value is enough
@@ -101,6 +101,7 @@ def newcomer(tmp_path_factory):
         with open(home / "SOUNDS" / ("valid.csv" if i < 3 else "train.csv"), "a") as file:
             file.write(f"{i}.flac,{('bark', 'rain', 'bark;siren')[i % 3]}\n")
     torch.save(checkpoints.released("speech"), home / "audio_base_ls.pt")
+    (home / "4-gram.arpa").write_text(test_letters.TINY)
     return home
 
 
