@@ -22,7 +22,6 @@ from data.download import download
 from data.text import BOS, EOS, PAD
 
 URL = "https://dl.fbaipublicfiles.com/glue/data"
-ARCHIVES = {"QQP": "QQP-clean", "QNLI": "QNLIv2"}  # the others have the task's name
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 csv.field_size_limit(1 << 30)  # characters of a cell; by default 131,072
 HELD_OUT = ("dev", "valid", "validation", "val", "test")  # the first of them is measured
@@ -58,6 +57,7 @@ TASKS = {  # the paper leaves out WNLI
     "QNLI": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 33_112),
     "RTE": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 2036, 16),
 }  # fmt: skip
+ARCHIVES = {name: name for name in TASKS if name != "MRPC"} | {"QQP": "QQP-clean", "QNLI": "QNLIv2"}
 
 
 def open_task(folder, training=True, names=()):
@@ -172,9 +172,8 @@ class Sentences:
 
 def pearson(p, t):
     """Linear correlation; 0 if one side is constant."""
-    if np.ptp(p) == 0 or np.ptp(t) == 0:
-        return 0.0
-    return np.corrcoef(p, t)[0, 1]
+    constant = np.ptp(p) == 0 or np.ptp(t) == 0
+    return 0.0 if constant else np.corrcoef(p, t)[0, 1]
 
 
 def ranks(values):
@@ -196,12 +195,11 @@ METRICS = {  # of predictions and labels, arrays (n,)
 def main():
     parser = argparse.ArgumentParser("data.glue", description="Downloads GLUE's tasks.")
     parser.add_argument("--out", type=Path, required=True, help="folder; each task becomes a folder in it")
-    tasks = [name for name in TASKS if name != "MRPC"]  # it has no archive
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--tasks", nargs="+", choices=ARCHIVES, default=ARCHIVES)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
-        archive = args.out / f"{ARCHIVES.get(name, name)}.zip"
+        archive = args.out / f"{ARCHIVES[name]}.zip"
         download(f"{URL}/{archive.name}", archive)
         with writing(args.out / name):
             shutil.unpack_archive(archive, args.out)

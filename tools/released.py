@@ -27,8 +27,7 @@ class Foreign:
 
 
 def load(path) -> dict:
-    """What torch.save wrote, on the CPU. Nothing that the file names is run: torch's weights_only loader
-    makes tensors and plain containers, and a Foreign of anything else. Raises UserError."""
+    """What torch.save wrote. Nothing in it is run: what is no tensor or plain container becomes a Foreign."""
     stand_ins = []
     while True:
         try:
@@ -126,8 +125,7 @@ def our_names(weights: dict, kind: str, path="released checkpoint") -> dict[str,
     """Released weights of vision, speech or text, all or some of them, under our names. Raises UserError."""
     _, encoder, head, prefix = KINDS[kind]
     weights = {re.sub(f"^({prefix})", "", name): tensor for name, tensor in weights.items()}
-    whole = any(name.startswith("encoder.") for name in weights)
-    if kind == "speech" and not whole:  # a teacher: the Transformer alone
+    if kind == "speech" and not any(name.startswith("encoder.") for name in weights):  # the Transformer alone
         weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     return rename(weights, encoder, head, NOT_USED, path)
 
