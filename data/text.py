@@ -72,10 +72,8 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, folder):
-        """RoBERTa's tokenizer.json, or vocab.json and merges.txt; or GPT-2's encoder.json and vocab.bpe.
-
-        RoBERTa's ids stay. GPT-2's id in line n of fairseq's dict.txt, from 0, becomes n + 4.
-        """
+        """RoBERTa's tokenizer.json, or vocab.json and merges.txt; or GPT-2's encoder.json and vocab.bpe,
+        whose id in line n of fairseq's dict.txt, from 0, becomes n + 4."""
         files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
         if "tokenizer.json" in files:
             about = json.loads(files["tokenizer.json"])

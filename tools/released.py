@@ -34,13 +34,11 @@ def load(path) -> dict:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore")  # the error says it
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
             reason = " ".join(str(error).split("WeightsUnpickler error: ")[-1].split())
         unknown = re.match(r"Unsupported global: GLOBAL (\S+) was not an allowed", reason)
         if unknown is None or len(stand_ins) > 500:
-            raise UserError(f"{path}: damaged, or not a checkpoint that is safe to read ({reason:.150})")
+            raise UserError(f"{path}: missing, damaged, or not safe to read ({reason:.150})")
         name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
         stand_ins.append((type(name, (Foreign,), {}), name))
 
