@@ -463,18 +463,16 @@ class Sentences(Task):
         names = self.tuned or []
         self.spec, splits = glue.open_task(Path(cfg.data, cfg.task), not cfg.eval_only, names)
         order = glue.output_order(self.spec, names, cfg.eval_only)
-        self.build(names if order else list(self.spec.classes) or ["score"])
+        self.build(names if order else list(self.spec.classes))
         self.order = order or list(range(len(self.classes)))  # of the outputs: a file has its own
         self.train, self.held_out, self.metric = splits.pop("train", []), {}, self.spec.metrics[0]
         options = self.vocabulary, self.config["max_tokens"]
         for split, part in splits.items():
             suffix = split.removeprefix("dev").replace("_matched", "")
-            keys = [(0, i) for i in range(len(part))]
-            keys = [keys[start : start + 64] for start in range(0, len(keys), 64)]
-            self.held_out[suffix] = glue.Sentences(part, *options), keys
+            self.held_out[suffix] = glue.Sentences(part, *options), probes.in_parts(range(len(part)), 64)
         self.extra = {"vocabulary": self.state["vocabulary"], "parts": len(part[0][0])}
         if self.train:
-            strata = [label if self.spec.classes else 0 for _, label in self.train]
+            strata = [label if len(self.classes) > 1 else 0 for _, label in self.train]
             self.train = [self.train[i] for i in label_subset(strata, cfg.label_fraction, cfg.seed)]
             self.dataset = glue.Sentences(self.train, *options)
             cfg.global_batch = cfg.global_batch or self.spec.batch
@@ -483,17 +481,18 @@ class Sentences(Task):
     def loss(self, network, batch, rng):
         logits = self.call(network, batch["tokens"]).float()[:, self.order]
         labels = batch["labels"].to(self.device)
-        if self.spec.classes:
-            return F.cross_entropy(logits, labels.long(), reduction="sum")
-        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+        if len(self.classes) == 1:
+            return F.mse_loss(logits[:, 0], labels, reduction="sum")
+        return F.cross_entropy(logits, labels.long(), reduction="sum")
 
     def pairs(self, key, batch):
         logits = self.call(self.model, batch["tokens"]).float()[:, self.order]
-        guesses = logits.argmax(1) if self.spec.classes else logits[:, 0]
+        guesses = logits[:, 0] if len(self.classes) == 1 else logits.argmax(1)
         return zip(guesses.tolist(), batch["labels"].tolist())
 
     def measure(self, predictions, truths):
-        return {name: glue.METRICS[name](predictions, truths) for name in self.spec.metrics}
+        p, t = np.array(predictions), np.array(truths)
+        return {name: float(glue.METRICS[name](p, t)) for name in self.spec.metrics}
 
     def answer(self, line):
         parts = line.split("\t")

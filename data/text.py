@@ -72,23 +72,18 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, folder):
-        """RoBERTa's tokenizer.json, or vocab.json and merges.txt; or GPT-2's encoder.json and vocab.bpe.
-
-        RoBERTa's ids stay. GPT-2's id in line n of fairseq's dict.txt, from 0, becomes n + 4.
-        """
+        """RoBERTa's tokenizer.json, or vocab.json and merges.txt; or GPT-2's encoder.json and vocab.bpe,
+        whose id in line n of fairseq's dict.txt, from 0, becomes n + 4."""
         files = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name in FILES}
         if "tokenizer.json" in files:
             about = json.loads(files["tokenizer.json"])
             wanted = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False, "normalizer": None}
-            given = wanted | (about["pre_tokenizer"] or {"type": None}) | {"normalizer": about["normalizer"]}
-            other = [f"{name} {given[name]}" for name in wanted if given[name] != wanted[name]]
-            if other:
-                raise ValueError(f"tokenizer.json has {', '.join(other)}; only RoBERTa's kind is known")
-            merges, ids = (
-                about["model"]["merges"],
-                about["model"]["vocab"],
-            )  # "a b", in newer files ["a", "b"]
-            ids |= {token["content"]: token["id"] for token in about["added_tokens"]}
+            given = {"normalizer": about["normalizer"]} | (about["pre_tokenizer"] or {"type": None})
+            for name, value in wanted.items():
+                if given.get(name, value) != value:
+                    raise ValueError(f"tokenizer.json has {name} {given[name]}; only RoBERTa's kind is known")
+            ids = about["model"]["vocab"] | {token["content"]: token["id"] for token in about["added_tokens"]}
+            merges = about["model"]["merges"]  # "a b", in newer files ["a", "b"]
         elif "vocab.json" in files:
             ids, merges = json.loads(files["vocab.json"]), files["merges.txt"].split("\n")
         else:
@@ -179,9 +174,7 @@ def read_documents(paths):
     for path in tqdm(paths, unit=" files", disable=None):
         try:
             with open(path, encoding="utf-8-sig") as file:
-                for blank, lines in groupby(file, str.isspace):
-                    if not blank:
-                        yield list(lines)
+                yield from (list(lines) for blank, lines in groupby(file, str.isspace) if not blank)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert it to UTF-8") from None
 
@@ -287,9 +280,8 @@ class Batches:
             ids = self.blocks.load(index)
             rng = np.random.default_rng([self.seed, epoch, index])
             rows.append([torch.from_numpy(ids), *self.draw_mask(ids, rng)])
-        tokens, corrupted, mask = zip(*rows)
-        tokens, corrupted = pad_sequence(tokens, True, PAD), pad_sequence(corrupted, True, PAD)
-        return {"tokens": tokens, "corrupted": corrupted, "mask": pad_sequence(mask, True, False)}
+        columns = zip(("tokens", "corrupted", "mask"), zip(*rows), (PAD, PAD, False))
+        return {name: pad_sequence(column, True, padding) for name, column, padding in columns}
 
 
 def open_data(path):

@@ -99,7 +99,7 @@ def test_every_layer_is_what_the_block_gives_for_the_input_alone(kind, network, 
     case, layers = tiny[kind], expected(kind, tiny[kind], network)
     flags = [case.ckpt, case.folder, "--network", network]
     for layer in range(4):
-        more = ["--pool", "none", "--layer", layer, "--batch_size", 1 + layer]
+        more = ["--pool", "none", "--layer", layer]
         printed, rows, names, reasons = run(tmp_path / f"{layer}.npy", *flags, *more)
         assert names == case.names and set(reasons) == {""}
         assert f"layer {layer}, {len(names)} inputs, 0 skipped" in printed
@@ -133,7 +133,7 @@ def test_order_and_broken_files(kind, tiny, tmp_path):
     broken[1].write_bytes(b"what is this?")
     broken[2].mkdir()
     given = [case.names[4], *broken[:2], case.names[1], case.names[1], *broken[2:], case.folder / "b"]
-    printed, rows, names, reasons = run(tmp_path / "x.npy", case.ckpt, *given, "--batch_size", 3)
+    printed, rows, names, reasons = run(tmp_path / "x.npy", case.ckpt, *given)
     assert names[:3] == [case.names[4], f"{tmp_path}/a", rf"{tmp_path}/b\udcff"]
     assert names[3:] == [*map(str, given[3:7]), *case.names[1:4]]
     assert [i for i, reason in enumerate(reasons) if reason] == [1, 2, 5, 6]

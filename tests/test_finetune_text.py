@@ -131,8 +131,7 @@ def test_outputs_in_another_order_are_found_by_name(names, learned, tune, tmp_pa
     state |= {"classes": names, "student": state["student"] | head}
     torch.save(state, tmp_path / "best.pt")
     flags = "--task SST-2 --eval_only", "--out", tmp_path / "eval"
-    printed = done(tune(*flags, init=tmp_path / "best.pt"))
-    assert f"{names[1]} of the file is 0" in printed
+    done(tune(*flags, init=tmp_path / "best.pt"))
     assert results(tmp_path / "eval")["accuracy"] == results(learned)["best_accuracy"]
 
 
@@ -153,7 +152,7 @@ def test_steps_and_batches_of_the_paper_follow_from_the_task(finished, monkeypat
     names |= {"SST-2": 20_935, "STS-B": 3598, "mine": 13}
     examples = [(("a",), 0)] * 40
     for name, steps in names.items():
-        spec = glue.TASKS.get(name, glue.Task((), ("pearson",)))
+        spec = glue.TASKS.get(name, glue.Task(glue.SCORE, ("pearson",)))
         monkeypatch.setattr(glue, "open_task", lambda *_, **__: (spec, {"train": examples, "dev": examples}))  # noqa: B023
         init = {"task": name, "init": str(finished["text"] / "ckpt.pt")}
         cfg = finetune.Config(**finetune.PRESETS["glue"] | init)

@@ -26,7 +26,7 @@ def read(path) -> dict:
     classes, task     if fine-tuned: names of the outputs; images, letters, sounds or sentences
     vocabulary        text: what Vocabulary.parse takes, if the file has it or its files are beside it
     origin, notes     what it is; what was left out or differs, which is printed
-    fresh             parts that it lacks by design: the head of pre-training
+    fresh             parts that it lacks by design: the head
     """
     path = Path(path)
     try:
@@ -55,17 +55,15 @@ def add_vocabulary(state: dict, path: Path) -> None:
     """Text: the vocabulary in the folder, or beside the file."""
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).exists() for name in ("vocab", "tokenizer.json", "merges.txt", "vocab.bpe")):
-        state["notes"].append(
-            f"{folder}: no vocabulary; put vocab.json and merges.txt, or tokenizer.json there"
-        )
+        state["notes"].append(f"{folder}: no vocabulary; put vocab.json and merges.txt there")
         return
     vocabulary, name = text.open_vocabulary(str(folder)), "encoder.embed.tokens.weight"
-    rows = len(state["student"][name])
-    if path.is_dir() and 0 < rows - vocabulary.size < 128:  # padded for speed, or for tokens of other uses
-        state["notes"].append(f"left out: {rows - vocabulary.size} tokens without a name")
-        state["student"][name] = state["student"][name][: vocabulary.size]
-        rows = vocabulary.size
-    require(vocabulary.size == rows, f"{folder}: a vocabulary of {vocabulary.size}, but {path} has {rows}")
+    size, rows = vocabulary.size, len(state["student"][name])
+    if path.is_dir() and size < rows < size + 128:  # padded for speed, or for tokens of other uses
+        state["notes"].append(f"left out: {rows - size} tokens without a name")
+        state["student"][name] = state["student"][name][:size]
+    else:
+        require(size == rows, f"{folder}: a vocabulary of {size}, but {path} has {rows}")
     state["vocabulary"] = vocabulary.spell()
 
 
@@ -73,15 +71,13 @@ def add_vocabulary(state: dict, path: Path) -> None:
 
 
 def init_run(cfg, student, teacher, vocabulary_text: str | None = None) -> None:
-    """--init of a train script: loads the student; the teacher is the file's or a copy (--init_teacher).
-
-    vocabulary_text: text, the data's vocabulary. Raises UserError for a checkpoint that does not fit."""
+    """--init of a train script: loads the student; the teacher is the file's or a copy (--init_teacher)."""
     state, path = read(cfg.init), f"--init {cfg.init}"
     kind, wanted = modality(state["config"]), modality(vars(cfg))
     require(kind == wanted, f"{path}: a model of {kind}, but this script trains {wanted}")
     require("classes" not in state, f"{path}: fine-tuned; use a pre-trained checkpoint")
     common.check_same_model(cfg, state["config"], path)
-    same = kind != "text" or state.get("vocabulary") == vocabulary_text
+    same = state.get("vocabulary") == vocabulary_text  # of --data; None unless this is text
     require(same, f"{path}: no vocabulary, or not that of --data; prepare the text with data.text --vocab")
     load_encoder(student, state, path, head=True)
     teacher.update(student.encoder, tau=0.0)
@@ -91,9 +87,7 @@ def init_run(cfg, student, teacher, vocabulary_text: str | None = None) -> None:
 
 
 def load_encoder(model, state: dict, path, network: str = "student", head: bool = False) -> None:
-    """state[network] of read() into model.encoder, positions interpolated; head: into all of the model.
-
-    Raises UserError for weights that do not fit."""
+    """state[network] of read() into model.encoder, positions interpolated; head: into all of the model."""
     weights, own, config = state[network], model.state_dict(), state["config"]
     require(weights, f"{path}: has no {network}")
     if model.encoder.embed.grid:

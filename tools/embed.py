@@ -2,7 +2,7 @@
 
 FILE.npy is float32 (rows, D). FILE.tsv has a line for each input: first, end, input, skipped. Its rows are
 first to end - 1: one, with --pool none one for each patch (not the class token), frame or token (with <s> and
-</s>). Layer l is the output of block l, before any final norm. Inputs are prepared as in evaluation.
+</s>). Layer l is the output of block l, before any final norm. Inputs go one by one, as in evaluation.
 """
 
 import glob
@@ -74,7 +74,6 @@ def main():
     add("--layer", type=int, help="from 1; 0: the embedding with positions; default: the last")
     add("--network", default="student", choices=("student", "teacher"), help="fine-tuned: student alone")
     add("--pool", default="mean", choices=("mean", "none"), help="mean of an input's positions, or all")
-    add("--batch_size", type=int, default=16, help="images or lines at once; recordings go one by one")
     add("--device", default="auto", choices=common.DEVICES, help="auto: the GPU if there is one")
     add("--dtype", default="float32", choices=common.DTYPES, help="of the computation")
     args = parser.parse_args()
@@ -83,23 +82,18 @@ def main():
     _, _, device, autocast, _ = common.start_processes(args.device, args.dtype)
     kind, cfg, vocabulary, encoder = open_encoder(args.init, args.network, args.layer, device)
     found = [pair for place in args.inputs for pair in find(place, kind)]
-    rows, reasons, batch = [torch.empty(0, encoder.dim)] * len(found), [""] * len(found), {}
-    size = 1 if kind == "speech" else args.batch_size  # padding would reach frames by position convolutions
+    rows, reasons = [torch.empty(0, encoder.dim)] * len(found), [""] * len(found)
     for i, (name, source) in enumerate(tqdm(found, disable=None)):
         try:
-            batch[i] = read(source, kind, cfg, vocabulary)
+            x = read(source, kind, cfg, vocabulary)[None].to(device)
         except (images.BadImage, *audio.AUDIO_ERRORS) as error:
             reasons[i] = str(error)
             tqdm.write(f"skipped {name}: {error}")
-        if batch and (len(batch) == size or i == len(found) - 1):
-            x = torch.nn.utils.rnn.pad_sequence([*batch.values()], batch_first=True, padding_value=text.PAD)
-            with autocast:  # features (B, prefix + T, D)
-                x = x.to(device)
-                features = audio.in_windows(encoder, x) if kind == "speech" else encoder(x)[0]
-            for j, y in zip(batch, features.float().cpu()):
-                y = y[: len(batch[j])] if kind == "text" else y[encoder.prefix :]
-                rows[j] = y.mean(0, keepdim=True) if args.pool == "mean" else y
-            batch = {}
+            continue
+        with autocast:  # features (1, prefix + T, D)
+            features = audio.in_windows(encoder, x) if kind == "speech" else encoder(x)[0]
+        y = features[0, encoder.prefix :].float().cpu()
+        rows[i] = y.mean(0, keepdim=True) if args.pool == "mean" else y
     ends = np.cumsum([0, *map(len, rows)]).tolist()
     common.require(ends[-1], f"{args.inputs[0]}: no input can be used; see what is skipped above")
     lines = [f"{ends[i]}\t{ends[i + 1]}\t{name}\t{reasons[i]}\n" for i, (name, _) in enumerate(found)]

@@ -67,6 +67,8 @@ EXPECTED = {  # in config.json, if it is there: weights do not tell these
     "hidden_act": "gelu", "feat_extract_activation": "gelu", "is_decoder": False,
     "conv_stride": [5, 2, 2, 2, 2, 2, 2],
 }  # fmt: skip
+INPUTS = {"do_normalize": True, "sampling_rate": 16000, "feature_size": 1}  # how ours are prepared
+INPUTS |= {"add_prefix_space": False, "do_lower_case": False}
 TASKS = {"images": "ForImageClassification", "sentences": "ForSequenceClassification", None: "Model"}
 TASKS |= {"letters": "ForCTC", "sounds": "ForAudioFrameClassification"}
 IMAGES = {"image_processor_type": "BeitImageProcessor", "do_center_crop": False}
@@ -125,17 +127,15 @@ def read(folder: Path) -> dict:
         types = weights.get("embeddings.token_type_embeddings.weight", torch.zeros(1, 1))
         tokens = student["encoder.embed.tokens.weight"]
         student["encoder.embed.tokens.weight"] = tokens + types[0]  # ours are all of the first type
-        tokenizer = read_json(folder / "tokenizer_config.json")
-        wishes = [name for name in ("add_prefix_space", "do_lower_case") if tokenizer.get(name)]
-        notes += [f"made for text with {name}; ours is without" for name in wishes]
     else:
         task, config["deep_norm"] = "sounds", False
-        for name, ours in {"do_normalize": True, "sampling_rate": 16000, "feature_size": 1}.items():
-            if prepared.get(name, ours) != ours:
-                notes.append(f"{name} of its inputs is {prepared[name]}, of ours {ours}")
+    if encoder is not VISION:
+        prepared = prepared | read_json(folder / "tokenizer_config.json")
+        other = [name for name, ours in INPUTS.items() if prepared.get(name, ours) != ours]
+        notes += [f"{name} of its inputs is {prepared[name]}, of ours {INPUTS[name]}" for name in other]
     if encoder is AUDIO and "lm_head.weight" in weights:
         symbols = {i: symbol for symbol, i in read_json(folder / "vocab.json").items()}
-        space = read_json(folder / "tokenizer_config.json").get("word_delimiter_token", "|")
+        space = prepared.get("word_delimiter_token", "|")
         blank, outputs = about.get("pad_token_id", 0), range(len(student["out.weight"]))
         order = [blank] + [i for i in outputs if i != blank]  # our blank is output 0
         student |= {name: student[name][order] for name in ("out.weight", "out.bias")}

@@ -1,4 +1,4 @@
-"""Training curves from the metrics.jsonl of runs, one panel per number. Needs matplotlib.
+"""Training curves from the metrics.jsonl of runs, one panel per number (pip install matplotlib).
 
 python -m tools.plot runs/a runs/b --out curves.svg
 python -m tools.plot runs/a --out curves.png --keys loss,target_std,pred_std
@@ -21,19 +21,15 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     curves = {}
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        if lines and not lines[-1].endswith("}"):  # a run that is still writing, or was killed
-            lines.pop()
-        for line in map(json.loads, lines):
+        for line in [json.loads(line) for line in lines if line.endswith("}")]:  # the last may be broken
             step = line.pop("step")
             for key, value in line.items():
                 curves.setdefault(key, {})[step] = value
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no metrics.jsonl to read; give the folder of a run ({error})") from None
-    if (folder / "results.json").exists():
-        results = read_results(folder)
-        for key, curve in curves.items():
-            if f"{key}_start" in results:
-                curves[key] = {0: results[f"{key}_start"]} | curve
+    results = read_results(folder) if (folder / "results.json").exists() else {}
+    for key in [key for key in curves if f"{key}_start" in results]:
+        curves[key] = {0: results[f"{key}_start"]} | curves[key]
     return curves
 
 
@@ -48,18 +44,17 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
         figure = Figure(figsize=(3.2 * columns, 2.5 * rows), layout="constrained")
         for i, key in enumerate(keys):
             panel = figure.add_subplot(rows, columns, i + 1)
-            for j, (name, curves) in enumerate(runs.items()):
+            for name, curves in runs.items():
                 curve = curves.get(key, {})
                 marker = "." if len(curve) < 20 else ""
-                panel.plot(list(curve), list(curve.values()), marker=marker, color=f"C{j % 10}", label=name)
+                panel.plot(list(curve), list(curve.values()), marker=marker, label=name)
             panel.set(title=key, xlabel="step")
             panel.grid(alpha=0.3)
         if len(runs) > 1:
             handles = panel.get_legend_handles_labels()
             figure.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
-        undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
         with whole(path) as place:
-            figure.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
+            figure.savefig(place, dpi=150, metadata={"Date": None, "Creator": None})
 
 
 def main() -> None:
@@ -75,10 +70,7 @@ def main() -> None:
     require(len(set(names)) == len(names) == len(curves), f"--labels {args.labels}: give a name for each run")
     known = set().union(*curves)
     keys = choose_keys(args.keys or ",".join(key for key in DEFAULT_KEYS if key in known), curves)
-    try:
-        draw(dict(zip(names, curves)), keys, args.out)
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+    draw(dict(zip(names, curves)), keys, args.out)
     print(f"{', '.join(keys)} of {', '.join(names)} -> {args.out}")
 
 

@@ -27,21 +27,18 @@ class Foreign:
 
 
 def load(path) -> dict:
-    """What torch.save wrote, on the CPU. Nothing that the file names is run: torch's weights_only loader
-    makes tensors and plain containers, and a Foreign of anything else. Raises UserError."""
+    """What torch.save wrote. Nothing in it is run: what is no tensor or plain container becomes a Foreign."""
     stand_ins = []
     while True:
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
                 warnings.simplefilter("ignore")  # the error says it
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except Exception as error:  # torch raises nearly anything on bytes that are no checkpoint
             reason = " ".join(str(error).split("WeightsUnpickler error: ")[-1].split())
         unknown = re.match(r"Unsupported global: GLOBAL (\S+) was not an allowed", reason)
         if unknown is None or len(stand_ins) > 500:
-            raise UserError(f"{path}: damaged, or not a checkpoint that is safe to read ({reason:.150})")
+            raise UserError(f"{path}: missing, damaged, or not safe to read ({reason:.150})")
         name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
         stand_ins.append((type(name, (Foreign,), {}), name))
 
@@ -126,8 +123,7 @@ def our_names(weights: dict, kind: str, path="released checkpoint") -> dict[str,
     """Released weights of vision, speech or text, all or some of them, under our names. Raises UserError."""
     _, encoder, head, prefix = KINDS[kind]
     weights = {re.sub(f"^({prefix})", "", name): tensor for name, tensor in weights.items()}
-    whole = any(name.startswith("encoder.") for name in weights)
-    if kind == "speech" and not whole:  # a teacher: the Transformer alone
+    if kind == "speech" and not any(name.startswith("encoder.") for name in weights):  # the Transformer alone
         weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     return rename(weights, encoder, head, NOT_USED, path)
 

@@ -1,12 +1,9 @@
-"""A Markdown table from the results.json of finished runs: python -m tools.table runs/a runs/b --keys top1
-
-With --group seed, runs/a-s0, runs/a-s1 and so on share a row: mean ± std (number of runs).
-"""
+"""A Markdown table from the results.json of finished runs: python -m tools.table runs/a runs/b --keys top1"""
 
 import json
 import re
 import statistics
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from common import UserError, require, run
@@ -31,18 +28,17 @@ def choose_keys(wanted: str, runs: list[dict]) -> list[str]:
 
 def cell(values: list[float]) -> str:
     """The value of one run, or the mean ± the sample standard deviation of several (how many)."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return str(values[0]) if isinstance(values[0], int) else f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+    if len(values) > 1:
+        return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+    value = values[0] if values else "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--keys", default="", help="comma-separated columns; default: every number")
-    parser.add_argument("--group", choices=["seed"], help="runs whose names differ only in -sN share a row")
+    parser.add_argument("--group", choices=["seed"], help="mean ± std of runs whose names differ only in -sN")
     args = parser.parse_args()
     rows = {}
     for folder in args.runs:
