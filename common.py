@@ -56,6 +56,9 @@ def run(main):
         line = str(error).strip().splitlines()[-1]  # torch puts a traceback before what a worker raised
         if first_process():
             print(f"{Path(sys.argv[0]).name}: {line.removeprefix('common.UserError: ')}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        status = 2
+        print(f"{error}: pip install -r requirements-dev.txt", file=sys.stderr)
     except KeyboardInterrupt as stop:  # its argument: another signal
         status = 128 + (stop.args or [signal.SIGINT])[0]
     finally:

@@ -6,6 +6,7 @@ python -m data.audio librispeech --splits dev-clean test-clean --out DIR    writ
 import argparse
 import contextlib
 import csv
+import functools
 import glob
 import io
 import itertools
@@ -107,7 +108,12 @@ def in_windows(network, wave):
         stop = None if start == starts[-1] else (start + WINDOW - 1) * STRIDE + MIN_SAMPLES
         x = network(wave[:, start * STRIDE : stop])[0]
         parts.append(x[:, OVERLAP if start else 0 : -OVERLAP if stop else None])
+    if len(parts) > 1:
+        say_once(f"recordings over {WINDOW / 50:g} s are heard in parts of that length, which overlap")
     return torch.cat(parts, 1)
+
+
+say_once = functools.cache(say)
 
 
 @dataclass
@@ -307,27 +313,18 @@ def mix(x, samples, y, p, rng):
 
 
 LIBRISPEECH = "https://www.openslr.org/resources/12"
-MD5 = {
-    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
-    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
-    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
-    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
-    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
-    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
-    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
-}
+SPLITS = [f"{part}-{kind}" for part in ("dev", "test") for kind in ("clean", "other")]
+SPLITS += ["train-clean-100", "train-clean-360", "train-other-500"]
 
 
 def main():
     parser = argparse.ArgumentParser("python -m data.audio", description="Download LibriSpeech (CC BY 4.0)")
     parser.add_argument("command", choices=["librispeech"])
-    parser.add_argument("--splits", nargs="+", required=True, choices=MD5)
+    parser.add_argument("--splits", nargs="+", required=True, choices=SPLITS)
     parser.add_argument("--out", required=True, help="folder for the archives and LibriSpeech/SPLIT/")
     args = parser.parse_args()
     for split in args.splits:
-        archive = os.path.join(args.out, f"{split}.tar.gz")
-        download(f"{LIBRISPEECH}/{split}.tar.gz", archive, MD5[split])
-        with tarfile.open(archive) as tar:
+        with tarfile.open(download(f"{LIBRISPEECH}/{split}.tar.gz", args.out)) as tar:
             tar.extractall(args.out, tqdm(tar, split, unit=" files"), filter="data")
 
 

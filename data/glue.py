@@ -1,27 +1,21 @@
 """Labelled sentences: GLUE's tasks or tables of your own, batches, metrics.
 
-    python -m data.glue --out DIR    downloads GLUE to DIR/TASK; MRPC is taken as the hub's CSV export
-
 A task is a folder with train and one of HELD_OUT, .tsv (no quoting) or .csv: GLUE's files, the hub's, or your
 own, with a column of LABELS and those of a row of COLUMNS. Names of classes match in any case.
 """
 
-import argparse
 import csv
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common import UserError, require, run, say, writing
-from data.download import download
+from common import UserError, require, say
 from data.text import BOS, EOS, PAD
 
-URL = "https://dl.fbaipublicfiles.com/glue/data"
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 csv.field_size_limit(1 << 30)  # characters of a cell; by default 131,072
 HELD_OUT = ("dev", "valid", "validation", "val", "test")  # the first of them is measured
@@ -57,7 +51,6 @@ TASKS = {  # the paper leaves out WNLI
     "QNLI": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 33_112),
     "RTE": Task(ENTAILMENT, ("accuracy",), ("0", "1"), 2036, 16),
 }  # fmt: skip
-ARCHIVES = {name: name for name in TASKS if name != "MRPC"} | {"QQP": "QQP-clean", "QNLI": "QNLIv2"}
 
 
 def open_task(folder, training=True, names=()):
@@ -75,7 +68,7 @@ def open_task(folder, training=True, names=()):
         files[split], *unused = [found[stem] for stem in stems if stem in found] or [None]
         say(f"held out: {files[split]}" + "".join(f"; not used: {path.name}" for path in unused))
     for split, path in files.items():
-        require(path, f"{folder}: no {split}.tsv or .csv; `python -m data.glue` downloads GLUE but MRPC")
+        require(path, f"{folder}: no {split}.tsv or .csv; README says where GLUE is")
     task = task or own_task(found.get("train", files["dev"]), () if training else names)
     return task, {split: read_examples(path, task) for split, path in files.items()}
 
@@ -190,21 +183,3 @@ METRICS = {  # of predictions and labels, arrays (n,)
     "pearson": pearson,
     "spearman": lambda p, t: pearson(ranks(p), ranks(t)),
 }
-
-
-def main():
-    parser = argparse.ArgumentParser("data.glue", description="Downloads GLUE's tasks.")
-    parser.add_argument("--out", type=Path, required=True, help="folder; each task becomes a folder in it")
-    parser.add_argument("--tasks", nargs="+", choices=ARCHIVES, default=ARCHIVES)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.tasks:
-        archive = args.out / f"{ARCHIVES[name]}.zip"
-        download(f"{URL}/{archive.name}", archive)
-        with writing(args.out / name):
-            shutil.unpack_archive(archive, args.out)
-        print(args.out / name)
-
-
-if __name__ == "__main__":
-    run(main)

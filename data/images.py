@@ -270,10 +270,7 @@ def main():
     parser.add_argument("name", choices=["cifar10"], help="data set to download")
     parser.add_argument("--out", required=True, help="folder for train/, val/ and the archive")
     out = Path(parser.parse_args().out)
-    out.mkdir(parents=True, exist_ok=True)
-    archive = out / CIFAR10.split("/")[-1]
-    download(CIFAR10, archive, "c32a1d4ab5d03f1284b67883e8d87530")
-    with tarfile.open(archive) as tar:
+    with tarfile.open(download(CIFAR10, out)) as tar:
         files = {os.path.basename(file.name): tar.extractfile(file).read() for file in tar if file.isfile()}
     classes = files["batches.meta.txt"].decode().split()
     train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))

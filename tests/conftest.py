@@ -24,13 +24,14 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+HANDLERS = {number: signal.getsignal(number) for number in common.SIGNALS}
+
+
 @pytest.fixture(autouse=True)
 def no_signals():
-    """After a run inside this process signals mean again what they meant."""
-    handlers = {number: signal.getsignal(number) for number in common.SIGNALS}
-    yield
+    """Signals mean what they meant before a run inside this process."""
     common.received.clear()
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

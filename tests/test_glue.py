@@ -1,10 +1,7 @@
-"""GLUE's files and tables of one's own, metrics against their formulas, the download."""
+"""GLUE's files and tables of one's own, metrics against their formulas."""
 
-import io
 import math
 import statistics
-import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -209,23 +206,3 @@ def test_metrics_at_their_limits():
     assert G.pearson([0.1] * 3, [1, 2, 4]) == 0, "a mean that rounds makes no variance"
     assert math.isnan(G.pearson([math.nan, 1, 2], [3, 4, 5]) + spearman([math.nan, 1, 2], [3, 4, 5]))
     assert G.METRICS["f1"](np.zeros(1), np.zeros(1)) == 0
-
-
-def download(monkeypatch, server, out, *tasks):
-    monkeypatch.setattr(G, "URL", server.url)
-    monkeypatch.setattr(sys, "argv", ["data.glue", "--out", str(out), "--tasks", *tasks])
-    G.main()
-
-
-def test_glue_is_downloaded(server, tmp_path, monkeypatch):
-    for name, archive in (("CoLA", "CoLA"), ("MNLI", "MNLI"), ("QNLI", "QNLIv2")):
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as file:
-            for path in write_task(tmp_path / "made", name).iterdir():
-                file.write(path, f"{name}/{path.name}")
-            file.writestr("../evil.tsv", "x")
-        server.files[f"/{archive}.zip"] = content.getvalue()
-    download(monkeypatch, server, tmp_path / "out", "CoLA", "MNLI", "QNLI")
-    for name in ("CoLA", "MNLI", "QNLI"):
-        assert G.open_task(tmp_path / "out" / name)[1]["train"] == [LAYOUTS[name][2]]
-    assert not (tmp_path / "evil.tsv").exists()

@@ -32,7 +32,6 @@ ELSEWHERE = {  # commands that another test runs
     "pytest": "CI, which calls it",
     "python -m data.images": "tests/test_images.py, against a server on localhost",
     "python -m data.audio": "tests/test_audio.py, against a server on localhost",
-    "python -m data.glue": "tests/test_glue.py, against a server on localhost",
 }
 EXTRA = [  # the first pattern that matches a command says what is added to make it small
     (r"train_vision.py .*--help", ""),
