@@ -259,11 +259,8 @@ def optimizer_step(optimizer, scaler, network, clip):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    if scaler.get_scale() >= scale:
-        return grad_norm
-    if scale < 1e-3:
-        text = f"the gradients are not finite at any scale of float16: the run has diverged; {HINT}"
-        raise SystemExit(text if first_process() else 1)
+    require(scale > 1e-3, f"--dtype float16: gradients are finite at no scale: the run has diverged; {HINT}")
+    return grad_norm if scaler.get_scale() >= scale else None
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -352,9 +349,6 @@ def load_run(cfg, rank, student, teacher, optimizer, scaler):
 def random_states(device):
     """The modules of torch that hold the random state of a process."""
     return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-
-
-# ---- the log ---------------------------------------------------------------------------------------------
 
 
 class Log:

@@ -316,9 +316,6 @@ def init_post_norm(encoder, std=0.02, deep_norm=False):
                 nn.init.xavier_normal_(part, part_gain)
 
 
-# ---- student and teacher ---------------------------------------------------------------------------------
-
-
 class Student(nn.Module):
     """The encoder that learns, and the head that maps its features to predictions of the targets."""
 

@@ -26,6 +26,7 @@ from data import synthetic
 from data.download import download
 
 RATE = 16_000  # samples a second, of all waves
+LIBRISPEECH = "https://www.openslr.org/resources/12"
 MIN_SAMPLES = 400  # receptive field of the convolutions: a shorter wave has no frame
 STRIDE = 320  # samples from frame to frame
 WINDOW, OVERLAP = 3000, 250  # frames, of recordings that are heard in parts: 60 s, 5 s
@@ -312,15 +313,10 @@ def mix(x, samples, y, p, rng):
     return keep * x + (1 - keep) * x[other], samples, keep * y + (1 - keep) * y[other]
 
 
-LIBRISPEECH = "https://www.openslr.org/resources/12"
-SPLITS = [f"{part}-{kind}" for part in ("dev", "test") for kind in ("clean", "other")]
-SPLITS += ["train-clean-100", "train-clean-360", "train-other-500"]
-
-
 def main():
     parser = argparse.ArgumentParser("python -m data.audio", description="Download LibriSpeech (CC BY 4.0)")
     parser.add_argument("command", choices=["librispeech"])
-    parser.add_argument("--splits", nargs="+", required=True, choices=SPLITS)
+    parser.add_argument("--splits", nargs="+", required=True, help="such as dev-clean train-clean-100")
     parser.add_argument("--out", required=True, help="folder for the archives and LibriSpeech/SPLIT/")
     args = parser.parse_args()
     for split in args.splits:

@@ -67,9 +67,6 @@ def add_vocabulary(state: dict, path: Path) -> None:
     state["vocabulary"] = vocabulary.spell()
 
 
-# ---- into a model ----------------------------------------------------------------------------------------
-
-
 def init_run(cfg, student, teacher, vocabulary_text: str | None = None) -> None:
     """--init of a train script: loads the student; the teacher is the file's or a copy (--init_teacher)."""
     state, path = read(cfg.init), f"--init {cfg.init}"

@@ -16,8 +16,7 @@ from data import text
 from tools import released
 from tools.released import KERNELS, PIXELS, complete, rename, translate
 
-# ---- names: theirs -> ours; {} is the first number in a name -----------------------------------------------
-
+# names: theirs -> ours; {} is the first number in a name
 ATTENTION = "encoder.layer.{}.attention"
 LAYERS = {
     f"{ATTENTION}.output.dense": "blocks.{}.attn.out", "encoder.layer.{}.intermediate.dense": "blocks.{}.fc1",

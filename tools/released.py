@@ -43,8 +43,7 @@ def load(path) -> dict:
         stand_ins.append((type(name, (Foreign,), {}), name))
 
 
-# ---- names: theirs -> ours; {} is the first number in a name ---------------------------------------------
-
+# names: theirs -> ours; {} is the first number in a name
 POST_NORM = {
     "layers.{}.self_attn.q_proj": "blocks.{}.attn.q", "layers.{}.self_attn.k_proj": "blocks.{}.attn.k",
     "layers.{}.self_attn.v_proj": "blocks.{}.attn.v", "layers.{}.self_attn.out_proj": "blocks.{}.attn.out",
