@@ -360,7 +360,8 @@ class Log:
     def __init__(self, cfg, step, rank, device, unit):
         self.cfg, self.rank, self.device, self.unit, self.folder = cfg, rank, device, unit, Path(cfg.out)
         for number in SIGNALS:
-            signal.signal(number, ask_to_stop)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what runs in the background
+                signal.signal(number, ask_to_stop)
         self.first, self.last, self.skipped, self.count = {}, {}, set(), 0
         self.scored = -1  # step of the last line with scores
         if rank == 0:

@@ -1,7 +1,6 @@
 import http.server
 import os
 import shutil
-import signal
 import sys
 import threading
 from functools import partial
@@ -14,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"  # real data sets, where a checkout has them beside it
 
-import common  # noqa: E402
 from data import synthetic, text  # noqa: E402
 from tests import helpers  # noqa: E402
 from tools import probes  # noqa: E402
@@ -24,15 +22,10 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
-HANDLERS = {number: signal.getsignal(number) for number in common.SIGNALS}
-
-
 @pytest.fixture(autouse=True)
 def no_signals():
-    """Signals mean what they meant before a run inside this process."""
-    common.received.clear()
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
+    """Signals mean what they mean at the start of a process, also after a run inside this one."""
+    helpers.reset_signals()
 
 
 @pytest.fixture

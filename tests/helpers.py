@@ -135,6 +135,7 @@ def fork(script, *flags, log, env=(), prepare=None):
 
 def _run(name, argv, log, env, prepare):
     os.environ.update(env)
+    reset_signals()
     torch.set_num_threads(1)
     sys.argv = argv
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  until the process ends
@@ -157,6 +158,12 @@ def fork_two(script, *flags, logs, prepare=None):
     finally:
         for process in processes:
             process.kill()  # if it hangs
+
+
+def reset_signals():
+    common.received.clear()
+    for number in common.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def send_after_step(step, number=signal.SIGKILL, rank="0"):
