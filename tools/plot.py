@@ -62,6 +62,23 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
             figure.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
 
 
+def draw_points(tables: dict[str, dict], label: str, path: Path) -> None:
+    """One panel per metric: the mean of each setting, its std as a bar. tables: {metric: table.compare()}."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(3.2 * len(tables), 2.5), layout="constrained")
+        for panel, (key, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+            means, stds, *_ = zip(*rows.values())
+            panel.errorbar(range(len(rows)), means, stds, fmt="o", capsize=3)
+            panel.set_xticks(range(len(rows)), rows)
+            panel.set(title=key, xlabel=label)
+            panel.grid(alpha=0.3)
+        with whole(path) as place:
+            figure.savefig(place, metadata=dict.fromkeys(("Date", "Creator")))
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
