@@ -4,12 +4,10 @@ python -m tools.ablate train_vision.py --option top_k --values 1 2 3 --out runs/
 python -m tools.ablate train_vision.py --option "tau_0 tau_e" --values "0.9 0.99" "0.95 0.999" --out runs/t \\
     --metric probe top1 --then finetune.py "--label_fraction 0.1" -- --preset cifar10 --data cifar10
 
-What follows -- goes to every run. OUT/VALUE-sSEED is the folder of a run, with its output in log.txt. --then
-starts from its ckpt.pt, in OUT/VALUE-sSEED-tuned. Ctrl-C lets the runs save; the same command goes on. At the
-end come OUT/table.md and OUT/figure.svg; with --report at once, from the results.json that are there.
+What follows -- goes to each run, in OUT/VALUE-sSEED with its log.txt; --then fine-tunes it, in
+OUT/VALUE-sSEED-tuned. After Ctrl-C the same command goes on. It ends with OUT/table.md and OUT/figure.svg.
 """
 
-import itertools
 import json
 import os
 import re
@@ -61,15 +59,11 @@ def start(folder, words):
 def work(commands, jobs):
     """Runs {folder: script and flags}, but what is done, `jobs` at a time -> how many have failed."""
     for folder, words in commands.items():
-        words += ["--out", str(folder)]
-        about, command = folder / "config.json", " ".join(words)
-        ran = (
-            json.loads(about.read_text())["command"].removesuffix(" --resume") if about.exists() else command
-        )
-        require(ran == command, f"{folder}: holds a run of `{ran}`; use another --out")
-    waiting = [folder for folder in commands if not (folder / "results.json").exists()]
-    done, running = len(commands) - len(waiting), {}
-    bar = tqdm(total=len(commands), initial=done, unit="run", disable=None)
+        about = folder / "config.json"
+        ran = json.loads(about.read_text())["command"] if about.exists() else " ".join(words)
+        require(ran.split(" --resume")[0] == " ".join(words), f"{folder}: holds `{ran}`; use another --out")
+    waiting, running = [folder for folder in commands if not (folder / "results.json").exists()], {}
+    bar = tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="run", disable=None)
     for number in common.SIGNALS:
         signal.signal(number, common.ask_to_stop)
     try:
@@ -80,22 +74,20 @@ def work(commands, jobs):
             time.sleep(0.1)
             bar.refresh()
             if common.received:
-                bar.write("stopping: the runs save; the same command goes on")
+                bar.write("stopping: the runs save; the same command goes on", sys.stderr)
                 raise KeyboardInterrupt(common.received[0])
             for folder in [folder for folder in running if running[folder].poll() is not None]:
                 status = running.pop(folder).returncode
-                done += status == 0
-                bar.update(status == 0)
+                bar.n += status == 0
                 told = f"failed with status {status}, see {folder / 'log.txt'}" if status else "done"
-                bar.write(f"{folder.name}: {told} ({done} of {len(commands)})")
-                sys.stdout.flush()
+                bar.write(f"{folder.name}: {told} ({bar.n} of {len(commands)})", sys.stderr)
     finally:
         bar.close()
         for process in running.values() if os.name == "posix" else ():  # Windows: Ctrl-C alone lets them save
             process.terminate()
         for process in running.values():
             process.wait()
-    return len(commands) - done
+    return len(commands) - bar.n
 
 
 def report(args, runs):
@@ -113,10 +105,7 @@ def report(args, runs):
     text = "\n".join(table.comparison(label, key, rows) for key, rows in tables.items())
     common.save(args.out / "table.md", text)
     say(text)
-    try:
-        plot.draw_points(tables, label, args.out / "figure.svg")
-    except ImportError:
-        say("no figure: drawing needs matplotlib: pip install -r requirements-dev.txt")
+    plot.draw_points(tables, label, args.out / "figure.svg")
 
 
 def main():
@@ -140,12 +129,12 @@ def main():
     for name in args.option:
         require(name in options, f"--option {name}: not an option of {args.script} to vary; see its --help")
     runs = {}  # (value, seed) -> folder and command of the run, and of its fine-tuning
-    for value, seed in itertools.product(args.values, args.seeds):
-        name = f"{re.sub('^[-.]|[^A-Za-z0-9_.-]', '_', value)}-s{seed}"  # a name that every system allows
-        first, tuned = args.out / name, args.out / f"{name}-tuned"
-        words = [args.script, *rest, *flags(args.option, value, options)]
-        pair = (first, words), (tuned, [*then, "--init", str(first / "ckpt.pt")])
-        runs[value, seed] = [(folder, [*words, "--seed", str(seed)]) for folder, words in pair]
+    for value, seed in [(value, seed) for value in args.values for seed in args.seeds]:
+        first = args.out / f"{re.sub('^[-.]|[^A-Za-z0-9_.-]', '_', value)}-s{seed}"  # allowed on every system
+        words = [args.script, *rest, *flags(args.option, value, options), "--seed", str(seed)]
+        tuning = [*then, "--seed", str(seed), "--init", str(first / "ckpt.pt")]
+        pair = (first, words), (first.with_name(f"{first.name}-tuned"), tuning)
+        runs[value, seed] = [(folder, [*words, "--out", str(folder)]) for folder, words in pair]
     names = {str(pair[0][0]).lower() for pair in runs.values()}
     require(len(names) == len(args.values) * len(args.seeds), "--values, --seeds: two runs share a folder")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -154,8 +143,7 @@ def main():
         ready = [pair for pair in runs.values() if stage == 0 or (pair[0][0] / "results.json").exists()]
         failed += work(dict(pair[stage] for pair in ready), jobs)
     report(args, runs)
-    if failed:
-        raise SystemExit(f"{failed} runs have failed; the same command tries them again")
+    sys.exit(f"{failed} runs have failed; the same command tries them again" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from common import UserError, require, run, whole
+from common import UserError, require, run, say, whole
 from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
@@ -64,8 +64,11 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
 
 def draw_points(tables: dict[str, dict], label: str, path: Path) -> None:
     """One panel per metric: the mean of each setting, its std as a bar. tables: {metric: table.compare()}."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no figure: drawing needs matplotlib: pip install -r requirements-dev.txt")
 
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(3.2 * len(tables), 2.5), layout="constrained")
