@@ -1,10 +1,7 @@
 """tools/ablate.py: small grids in real processes, stopped and run again; what it makes of kept results."""
 
-import json
-import os
 import signal
 import sys
-import threading
 import time
 
 import numpy as np
@@ -13,110 +10,81 @@ import pytest
 import common
 import finetune
 import train_vision
-from tests import helpers
-from tests.helpers import call, done, refused
+from tests.helpers import FAST, TINY, call, checkpoint, done, refused, results, rows
 from tools import ablate
 
-TRAIN = train_vision.__file__
-GRID = [TRAIN, "--option", "beta", "--metric", "probe", "final_loss"]
-RESULTS = {"1": {0: 0.5, 1: 0.25, 2: 0.75}, "2 x": {1: 0.5, 2: 0.875, 7: 1}, "3": {0: 0.125}}
+GRID = [train_vision.__file__, "--option", "beta", "--metric", "probe", "final_loss", "--out"]
 
 
 def cells(folder):
-    """table.md -> [[cell]], without the rules."""
-    lines = [line for line in (folder / "table.md").read_text().splitlines() if line and "---" not in line]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = (folder / "table.md").read_text().splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line and "---" not in line]
 
 
-@pytest.fixture
-def kept(tmp_path):
-    """The flags that report RESULTS, which are kept in the folders of a grid."""
-    for value, column in RESULTS.items():
-        for seed, number in column.items():
-            folder = tmp_path / f"{value.replace(' ', '_')}-s{seed}"
-            folder.mkdir()
-            (folder / "results.json").write_text(json.dumps({"probe_end": number, "loss": 1}))
-    return [TRAIN, "--option", "target", "--values", *RESULTS, "--seeds", 0, 1, 2, 7, "--out", tmp_path]
+def test_a_grid_that_is_stopped_goes_on_and_has_the_same_table(data, tmp_path, one_thread, monkeypatch):
+    out, whole, values = tmp_path / "grid", tmp_path / "whole", ["--values", 0, 2, "--seeds", 0, 1]
+    flags = [*TINY["vision"], "--data", data / "vision", "--steps", 30]
 
+    def sleep(seconds, begun=out / "0-s1" / "metrics.jsonl", real=time.sleep):
+        return signal.raise_signal(signal.SIGTERM) if begun.exists() else real(seconds)
 
-def stop_when(path):
-    """Sends this process SIGTERM as soon as there is such a file."""
-    while not path.exists():
-        time.sleep(0.02)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_grid_that_is_stopped_goes_on_and_has_the_same_table(data, tmp_path, one_thread):
-    out, whole = tmp_path / "grid", tmp_path / "whole"
-    flags = [*helpers.TINY["vision"], "--data", data / "vision", "--steps", 30]
-    grid = [*GRID, "--values", 0, 2, "--seeds", 0, 1, "--out"]
-    threading.Thread(target=stop_when, args=[out / "0-s1" / "metrics.jsonl"], daemon=True).start()
-    code, _, told = call(ablate, *grid, out, "--jobs", 1, "--", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", sleep)
+        code, _, told = call(ablate, *GRID, out, *values, "--jobs", 1, "--", *flags)
     assert code == 128 + signal.SIGTERM and "0-s0: done (1 of 4)" in told
-    assert helpers.checkpoint(out / "0-s1")["step"] < 30 and not (out / "2-s0").exists()
+    assert checkpoint(out / "0-s1")["step"] < 30 and not (out / "2-s0").exists()
     finished = (out / "0-s0" / "results.json").stat().st_mtime_ns
-
     common.received.clear()  # as in a new process
-    assert "holds" in refused(call(ablate, *grid, out, "--", *flags, "--lr", 1))  # would mix two grids
-    code, _, told = call(ablate, *grid, out, "--jobs", 2, "--", *flags)
+    assert "holds" in refused(call(ablate, *GRID, out, *values, "--", *flags, "--lr", 1))  # another grid's
+    code, _, told = call(ablate, *GRID, out, *values, "--jobs", 2, "--", *flags)
     assert code == 0 and "0-s0" not in told and "(4 of 4)" in told
     assert (out / "0-s0" / "results.json").stat().st_mtime_ns == finished
-    assert [row["step"] for row in helpers.rows(out / "0-s1")] == list(range(31))
-    for value, seed in (("0", 0), ("0", 1), ("2", 0), ("2", 1)):
-        own = ["--beta", value, "--seed", seed, "--out", whole / f"{value}-s{seed}"]
-        done(call(train_vision, *flags, *own))
-    done(call(ablate, *grid, whole, "--report"))
+    assert [row["step"] for row in rows(out / "0-s1")] == list(range(31))
+    for value, seed in ((0, 0), (0, 1), (2, 0), (2, 1)):
+        done(call(train_vision, *flags, "--beta", value, "--seed", seed, "--out", whole / f"{value}-s{seed}"))
+    done(call(ablate, *GRID, whole, *values, "--report"))
     assert cells(out) == cells(whole) and len(cells(out)) == 6
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_fine_tuned(data, tmp_path):
-    flags = [*helpers.FAST.split(), "--data", str(data / "vision"), "--steps", "2", "--global_batch", "8"]
-    then = ["--then", finetune.__file__, " ".join(flags)]
-    grid = [*GRID, "top1", "--values", -1, 2, "--seeds", 3, "--out", tmp_path, *then]
-    code, _, told = call(ablate, *grid, "--", *helpers.TINY["vision"], *flags)
-    assert code == 1 and "_1-s3: failed with status 2" in told and "1 runs have failed" in told
-    assert "--beta: -1 is not" in (tmp_path / "_1-s3" / "log.txt").read_text()
-    top1 = f"{helpers.results(tmp_path / '2-s3-tuned')['top1']:.4f}"
-    assert cells(tmp_path)[-2:] == [["-1", *"--0--0"], ["2", top1, *"-1--0"]]
-    made = helpers.checkpoint(tmp_path / "2-s3-tuned")["finetune"]
-    assert made["seed"] == 3 and made["init"] == str(tmp_path / "2-s3" / "ckpt.pt")
+    flags = [*FAST.split(), "--data", str(data / "vision"), "--steps", "2", "--global_batch", "8"]
+    grid = [*GRID, tmp_path, "--option", "beta crop_min", "--values", "-1 0.3", "2 0.5", "--seeds", 3]
+    grid += ["--metric", "top1", "--then", finetune.__file__, " ".join(flags)]
+    code, _, told = call(ablate, *grid, "--", *TINY["vision"], *flags)
+    assert code == 1 and "_1_0.3-s3: failed with status 2" in told and "1 runs have failed" in told
+    assert "--beta: -1 is not" in (tmp_path / "_1_0.3-s3" / "log.txt").read_text()
+    first, tuned = tmp_path / "2_0.5-s3", tmp_path / "2_0.5-s3-tuned"
+    top1, made, config = results(tuned)["top1"], checkpoint(tuned)["finetune"], checkpoint(first)["config"]
+    assert cells(tmp_path)[1:] == [["-1 0.3", *"--0--0"], ["2 0.5", f"{top1:.4f}", *"-1--0"]]
+    assert (config["beta"], config["crop_min"]) == (2, 0.5)
+    assert (made["seed"], made["init"]) == (3, str(first / "ckpt.pt"))
 
 
-def test_the_table_has_means_and_paired_differences(kept, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "needs matplotlib" in done(call(ablate, *kept, "--metric", "probe", "--report"))
-    head, *rows = cells(tmp_path)
-    assert head[:2] == ["target", "probe_end"] and not (tmp_path / "figure.svg").exists()
-    a, b = np.array([0.5, 0.25, 0.75]), np.array([0.5, 0.875, 1])
-    gain = np.array([0.5 - 0.25, 0.875 - 0.75])  # of seeds 1 and 2
-    error = gain.std(ddof=1) / np.sqrt(2)
-    assert rows[0] == ["1", f"{a.mean():.4f}", f"{a.std(ddof=1):.4f}", *"3--0"]
-    assert rows[1][:4] == ["2 x", f"{b.mean():.4f}", f"{b.std(ddof=1):.4f}", "3"]
-    assert rows[1][4:] == [f"+{gain.mean():.4f}", f"{error:.4f}", "2"]
-    assert rows[2] == ["3", "0.1250", "-", "1", "-0.3750", "-", "1"]
-
-
-def test_the_figure_shows_every_value_and_is_the_same_each_time(kept, tmp_path):
+def test_the_report_and_wrong_input(tmp_path, monkeypatch):
+    a, b = np.array([0.5, 0.25, 0.75]), np.array([0.5, 0.875, 1])  # of seeds 0, 1, 2 and of 1, 2, 7
+    names = [*("1-s0", "1-s1", "1-s2"), *("a_2-s1", "a_2-s2", "a_2-s7"), "3-s0"]
+    for name, probe in zip(names, [*a, *b, 0.125], strict=True):
+        common.save(tmp_path / name / "results.json", {"probe_end": probe, "loss": 1})
+    grid = [*GRID, tmp_path, "--report", "--values", 1, "a 2", 3, "--seeds", 0, 1, 2, 7, "--metric", "probe"]
+    done(call(ablate, *grid))
+    (head, *lines), gain = cells(tmp_path), b[:2] - a[1:]
+    paired = [f"+{gain.mean():.4f}", f"{gain.std(ddof=1) / 2**0.5:.4f}", "2"]
+    assert head[:2] == ["beta", "probe_end"] and lines[2] == ["3", "0.1250", *"-1", "-0.3750", *"-1"]
+    assert lines[0] == ["1", f"{a.mean():.4f}", f"{a.std(ddof=1):.4f}", *"3--0"]
+    assert lines[1] == ["a 2", f"{b.mean():.4f}", f"{b.std(ddof=1):.4f}", "3", *paired]
+    for words, told in (
+        (["--metric", "wer"], "have loss, probe_end"),
+        (["--values"], "--values: expected"),
+        (["--option", "seed"], "--option seed: not an option"),
+        (["--option", "tau_0 tau_e"], "'1': give a value of each of tau_0, tau_e"),
+        (["--values", "a b", "a_b"], "share a folder"),
+        (["--then", finetune.__file__, "--init x"], "--init: the grid"),
+        (["--then", ablate.__file__], "ablate.py: not a train script"),
+        (["--", "--beta=1"], "--beta: the grid"),
+    ):
+        assert told in refused(call(ablate, *grid, *words), by="ablate.py: ", silent=True)
     pytest.importorskip("matplotlib", reason="requirements-dev.txt")
-    figures = []
-    for _ in range(2):
-        done(call(ablate, *kept, "--metric", "probe_end", "loss", "--report"))
-        figures.append((tmp_path / "figure.svg").read_text())
-    assert figures[0] == figures[1] and all(f">{text}<" in figures[0] for text in ("2 x", "target", "loss"))
-
-
-def test_wrong_input_is_told_in_one_line(kept, tmp_path):
-    def error(flags):
-        return refused(call(ablate, *flags, "--metric", "wer", "--report"), by="ablate.py: ", silent=True)
-
-    assert "--metric wer: the runs" in (told := error(kept)) and "loss, probe_end" in told
-    assert "train.py: not a train script" in error(["train.py", *kept[1:]])
-    assert "not a train script" in error([ablate.__file__, *kept[1:]])
-    assert "--values" in error([*kept, "--values"])
-    assert "seed: not an option" in error([*kept, "--option", "seed"])
-    assert "topk: not an option" in error([*kept, "--option", "topk"])
-    assert "'1': give a value of each of tau_0, tau_e" in error([*kept, "--option", "tau_0 tau_e"])
-    assert "share a folder" in error([*kept, "--values", "a b", "a_b"])
-    assert "--init: the grid" in error([*kept, "--then", finetune.__file__, "--init x"])
-    result = call(ablate, *kept, "--metric", "wer", "--", "--target", "ffn")
-    assert "--target: the grid" in refused(result)
+    drawn = [(done(call(ablate, *grid)), (tmp_path / "figure.svg").read_text())[1] for _ in range(2)]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "needs matplotlib" in done(call(ablate, *grid))
+    assert drawn[0] == drawn[1] and all(f">{text}<" in drawn[0] for text in ("a 2", "beta", "probe_end"))
