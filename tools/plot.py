@@ -9,7 +9,7 @@ import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from common import UserError, require, run, whole
+from common import UserError, require, run, say, whole
 from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
@@ -55,6 +55,26 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
             figure.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
         with whole(path) as place:
             figure.savefig(place, dpi=150, metadata={"Date": None, "Creator": None})
+
+
+def draw_points(tables: dict[str, dict], label: str, path: Path) -> None:
+    """One panel per metric: the mean of each setting, its std as a bar. tables: {metric: table.compare()}."""
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no figure: drawing needs matplotlib: pip install -r requirements-dev.txt")
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(3.2 * len(tables), 2.5), layout="constrained")
+        for panel, (key, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+            means, stds, *_ = zip(*rows.values())
+            panel.errorbar(range(len(rows)), means, stds, fmt="o", capsize=3)
+            panel.set_xticks(range(len(rows)), rows)
+            panel.set(title=key, xlabel=label)
+            panel.grid(alpha=0.3)
+        with whole(path) as place:
+            figure.savefig(place, metadata=dict.fromkeys(("Date", "Creator")))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A Markdown table from the results.json of finished runs: python -m tools.table runs/a runs/b --keys top1"""
 
 import json
+import math
 import re
 import statistics
 from argparse import ArgumentParser
@@ -32,6 +33,35 @@ def cell(values: list[float]) -> str:
         return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
     value = values[0] if values else "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def spread(values: list[float]) -> tuple[float, float, int]:
+    """Mean, sample standard deviation, count; nan: too few values."""
+    std = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values or [math.nan]), std, len(values)
+
+
+def compare(columns: dict[str, dict[int, float]]) -> dict[str, tuple]:
+    """{setting: {seed: value}} -> {setting: mean, std, n, difference, its standard error, pairs}.
+
+    The difference is to the first setting, a mean over the pairs: the seeds that both have. nan: too few.
+    """
+    first, rows = next(iter(columns.values())), {}
+    for setting, column in columns.items():
+        both = column.keys() & first.keys() if column is not first else ()
+        mean, std, pairs = spread([column[seed] - first[seed] for seed in both])
+        rows[setting] = *spread([*column.values()]), mean, std / math.sqrt(pairs or 1), pairs
+    return rows
+
+
+def comparison(label: str, key: str, rows: dict[str, tuple]) -> str:
+    """What compare() has found for a number, as a Markdown table."""
+    head = f"| {label} | {key} | std | n | difference to {next(iter(rows))} | standard error | pairs |"
+    lines = [head, "|---|" + "---:|" * 6]
+    for setting, row in rows.items():
+        cells = "{:.4f} | {:.4f} | {} | {:+.4f} | {:.4f} | {}".format(*row)
+        lines.append(f"| {setting} | {cells.replace('+nan', '-').replace('nan', '-')} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
