@@ -7,6 +7,7 @@ python -m tools.plot runs/a --out curves.png --keys loss,target_std,pred_std
 import json
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import UserError, require, run, whole
@@ -37,17 +38,31 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
-def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
-    """One panel per key, four in a row; one line per run. The same input gives the same file."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
+@contextmanager
+def figure(path: Path, look: dict | None = None):
+    """Yields an empty figure and then writes it. The same content gives the same file."""
+    require(path.suffix in (".svg", ".png"), f"--out {path}: must end in .svg or .png")
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+    with style.context(["default", STYLE | (look or {})]):
+        drawn = Figure(layout="constrained")
+        yield drawn
+        undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
+        with whole(path) as place:
+            drawn.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
 
+
+def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
+    """One panel per key, four in a row; one line per run."""
     columns = min(len(keys), 4)
     rows = math.ceil(len(keys) / 4)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(3.2 * columns, 2.5 * rows), layout="constrained")
+    with figure(path) as page:
+        page.set_size_inches(3.2 * columns, 2.5 * rows)
         for i, key in enumerate(keys):
-            panel = figure.add_subplot(rows, columns, i + 1)
+            panel = page.add_subplot(rows, columns, i + 1)
             for j, (name, curves) in enumerate(runs.items()):
                 curve = curves.get(key, {})
                 marker = "." if len(curve) < 20 else ""
@@ -56,10 +71,7 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
             panel.grid(alpha=0.3)
         if len(runs) > 1:
             handles = panel.get_legend_handles_labels()
-            figure.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
-        undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
-        with whole(path) as place:
-            figure.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
+            page.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
 
 
 def main() -> None:
@@ -69,16 +81,12 @@ def main() -> None:
     parser.add_argument("--keys", default="", help=f"comma-separated; default: {', '.join(DEFAULT_KEYS)}")
     parser.add_argument("--labels", default="", help="comma-separated names of the runs; default: folders")
     args = parser.parse_args()
-    require(args.out.suffix in (".svg", ".png"), f"--out {args.out}: must end in .svg or .png")
     curves = [read_curves(folder) for folder in args.runs]
     names = args.labels.split(",") if args.labels else list(map(str, args.runs))
     require(len(set(names)) == len(names) == len(curves), f"--labels {args.labels}: give a name for each run")
     known = set().union(*curves)
     keys = choose_keys(args.keys or ",".join(key for key in DEFAULT_KEYS if key in known), curves)
-    try:
-        draw(dict(zip(names, curves)), keys, args.out)
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-dev.txt") from None
+    draw(dict(zip(names, curves)), keys, args.out)
     print(f"{', '.join(keys)} of {', '.join(names)} -> {args.out}")
 
 
