@@ -51,7 +51,7 @@ def open_encoder(path, network, layer, device):
 
 
 def open_both(path, sizes="", seed=0):
-    """-> kind, cfg, words (a Vocabulary or None), student and teacher of pre-training, the name of its folder.
+    """-> name (of the folder), kind, cfg, words (Vocabulary or None), student and teacher, of pre-training.
     path "random": random weights, drawn from the seed, of the sizes of the checkpoint `sizes`."""
     torch.manual_seed(seed)
     source = sizes if path == "random" else path

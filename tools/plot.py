@@ -15,6 +15,7 @@ from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
 STYLE = {"svg.hashsalt": "data2vec", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+STYLE["savefig.dpi"] = 150
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -52,7 +53,7 @@ def figure(path: Path, look: dict | None = None):
         yield drawn
         undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
         with whole(path) as place:
-            drawn.savefig(place, dpi=150, metadata=dict.fromkeys(undated))
+            drawn.savefig(place, metadata=dict.fromkeys(undated))
 
 
 def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
