@@ -22,7 +22,8 @@ from tools import embed, plot
 
 DRAWN, COMPARED, GREY = 4, 200, 0.6  # inputs; lines of text, for the nearest tokens; colour of what is hidden
 SAME = ("patch", "image_size", "max_tokens")  # of networks side by side
-LOOK = {"font.size": 8, "text.parse_math": False, "image.interpolation": "nearest", "savefig.dpi": 100}
+LOOK = {"font.size": 8, "text.parse_math": False, "image.interpolation": "nearest"}
+LOOK |= {"savefig.dpi": 100, "savefig.bbox": "tight"}
 
 
 def prepare(network, source, rng):
@@ -70,7 +71,7 @@ def draw_vision(figure, rows, networks, looks):
             titles = "student", f"{network.name}\nteacher", f"cosine {one.mean}"
             shown += zip(titles, [*one.rgb.view(2, *grid, 3), one.cosine.view(grid)])
         for panel, (title, values) in zip(line, shown):
-            drawn = panel.imshow(values, vmin=0, vmax=1)
+            drawn = panel.imshow(values.numpy(), vmin=0, vmax=1)
             panel.set(xticks=[], yticks=[], facecolor="0.85")
             panel.set_title(title if row is rows[0] or values.ndim == 2 else "")
     figure.colorbar(drawn, ax=panels, aspect=40, pad=0.01)
@@ -92,7 +93,7 @@ def draw_speech(figure, rows, networks, looks):
         middle.set(ylabel="cosine", xlim=(0, end), ylim=(-0.5, 1), xticks=[])
         middle.legend(loc="lower left", bbox_to_anchor=(0, 0.96), ncols=len(networks), frameon=False)
         colors = [torch.where(mask, GREY, 1.0).expand(3, -1).T[None], *(one.rgb for one in ones)]
-        bottom.imshow(torch.cat(colors), aspect="auto", extent=(0, len(mask) / 50, len(strips), 0))
+        bottom.imshow(torch.cat(colors).numpy(), aspect="auto", extent=(0, len(mask) / 50, len(strips), 0))
         bottom.set(yticks=np.arange(len(strips)) + 0.5, yticklabels=strips, xlim=(0, end), xlabel="seconds")
 
 
@@ -114,8 +115,7 @@ def draw_text(figure, rows, networks, looks):
                 cells += [f"{cosine:5.2f}  " + "  ".join(names[i] for i in [*dict.fromkeys(found)][:3])]
             table = [f"{line}{cell[:38]:40}" for line, cell in zip(table, cells)]
         page += [*table, "", ""]
-    figure.set_size_inches(1.8 + 2.4 * len(networks), 0.137 * len(page))
-    figure.text(0.01, 0.99, "\n".join(page), family="DejaVu Sans Mono", size=7, va="top")
+    figure.text(0, 1, "\n".join(page), family="DejaVu Sans Mono", size=7, va="top")
 
 
 def main():
