@@ -29,16 +29,15 @@ def test_the_picture_has_content_and_is_the_same_each_time(kind, finished, input
         one, other = tmp_path / f"one.{end}", tmp_path / f"other.{end}"
         assert "one" in done(call(draw, *flags, one)) and "other" in done(call(draw, *flags, other))
         assert one.read_bytes() == other.read_bytes()
-    colours = Image.open(one).convert("RGB").getcolors(2**24)
-    assert len(colours) > (20 if kind == "text" else 200)
+    assert len(Image.open(one).convert("RGB").getcolors(2**24)) > (20 if kind == "text" else 200)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_mask_cosines_and_features_are_those_of_training(kind, finished, inputs):
     state, network = checkpoint(finished[kind]), embed.open_both(str(finished[kind] / "ckpt.pt"))
-    assert_same(network.student.state_dict(), state["student"])
-    assert_same(network.teacher.state_dict(), state["teacher"])
+    both = [network.student.state_dict(), network.teacher.state_dict()]
+    assert_same(both, [state["student"], state["teacher"]])
     row = draw.prepare(network, str(inputs[kind][0]), np.random.default_rng(5))
     one, _ = draw.look(network, [row, row])
     cfg, words, x = SCRIPTS[kind].Config(**state["config"]), network.words, row.x
@@ -46,8 +45,7 @@ def test_mask_cosines_and_features_are_those_of_training(kind, finished, inputs)
     drawn = SCRIPTS[kind].draw_mask(cfg, *given, np.random.default_rng(5))
     seen, mask = drawn if kind == "text" else (x[0], drawn.flatten())
     assert torch.equal(row.mask[0], mask) and torch.equal(row.seen[0], seen) and 0 < mask.sum() < len(mask)
-    over = 0 if cfg.norm == "instance" else 1
-    layers = [a[0].double() for a in network.teacher(x)[-cfg.top_k :]]
+    over, layers = int(cfg.norm != "instance"), [a[0].double() for a in network.teacher(x)[-cfg.top_k :]]
     y = sum((a - a.mean(over, True)) / (a.var(over, False, True) + 1e-5).sqrt() for a in layers) / cfg.top_k
     if cfg.final_norm == "layer":
         y = (y - y.mean(1, True)) / (y.var(1, False, True) + 1e-5).sqrt()
@@ -61,7 +59,7 @@ def test_mask_cosines_and_features_are_those_of_training(kind, finished, inputs)
 def test_a_prediction_that_is_its_target_finds_its_own_token(finished, tmp_path, monkeypatch):
     network = embed.open_both(str(finished["text"] / "ckpt.pt"))
     row = draw.prepare(network, LINE, np.random.default_rng([0, 0]))
-    one = draw.look(network, [row])[0]
+    (one,) = draw.look(network, [row])
     one.f = one.y[row.mask[0]]
     monkeypatch.setattr(draw, "look", lambda *_: [one])
     done(call(draw, finished["text"] / "ckpt.pt", LINE, "--out", tmp_path / "a.svg"))
