@@ -57,7 +57,7 @@ def open_both(path, sizes="", seed=0):
     source = sizes if path == "random" else path
     kind, cfg, words, student, state = open_model(source)
     ready = state["teacher"] and "head" not in state["fresh"] and getattr(cfg, "objective", "") != "mlm"
-    common.require(ready, f"{source}: lacks a teacher or a head that predicts its features; give data2vec's pre-training")
+    common.require(ready, f"{source}: lacks a teacher or a head for its features; give one of data2vec")
     common.check_sizes(cfg)
     teacher, name = Teacher(student.encoder.eval(), window=cfg.window), Path(path).parent.name or path
     if path != "random":
