@@ -8,6 +8,7 @@ first to end - 1: one, with --pool none one for each patch (not the class token)
 import glob
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,28 +19,51 @@ import train_speech
 import train_text
 import train_vision
 from data import audio, images, text
+from model import Teacher
 from tools import convert
 
 SCRIPTS = {"vision": train_vision, "speech": train_speech, "text": train_text}
 ENDINGS = {"vision": images.EXTENSIONS, "speech": audio.ENDINGS, "text": (".txt",)}  # in folders
 
 
-def open_encoder(path, network, layer, device):
-    """-> kind, Config, Vocabulary or None, encoder that ends after block `layer` (None: the last)."""
+def open_model(path):
+    """-> kind, Config, Vocabulary or None, Student with random weights, and what convert.read gives."""
     state, vocabulary = convert.read(path), None
     kind = convert.modality(state["config"])
     script = SCRIPTS[kind]
     known = vars(script.Config()).keys() & state["config"].keys()
     cfg = script.Config(**{name: state["config"][name] for name in known})
-    common.require(layer is None or 0 <= layer <= cfg.depth, f"--layer {layer}: must be in 0 .. {cfg.depth}")
     if kind == "text":
         common.require("vocabulary" in state, f"{path}: has no vocabulary; put its files beside it")
         vocabulary = text.Vocabulary.parse(state["vocabulary"])
     student = script.build(cfg, vocabulary.size) if vocabulary else script.build(cfg)
+    return kind, cfg, vocabulary, student, state
+
+
+def open_encoder(path, network, layer, device):
+    """-> kind, Config, Vocabulary or None, encoder that ends after block `layer` (None: the last)."""
+    kind, cfg, vocabulary, student, state = open_model(path)
+    common.require(layer is None or 0 <= layer <= cfg.depth, f"--layer {layer}: must be in 0 .. {cfg.depth}")
     convert.load_encoder(student, state, path, network)
     encoder = student.encoder.eval()
     encoder.blocks, encoder.norm = encoder.blocks[:layer], torch.nn.Identity()
     return kind, cfg, vocabulary, encoder.to(device)
+
+
+def open_both(path, sizes="", seed=0):
+    """-> name (of the folder), kind, cfg, words (Vocabulary or None), student and teacher, of pre-training.
+    path "random": random weights, drawn from the seed, of the sizes of the checkpoint `sizes`."""
+    torch.manual_seed(seed)
+    source = sizes if path == "random" else path
+    kind, cfg, words, student, state = open_model(source)
+    ready = state["teacher"] and "head" not in state["fresh"] and getattr(cfg, "objective", "") != "mlm"
+    common.require(ready, f"{source}: lacks a teacher or a head for its features; give one of data2vec")
+    common.check_sizes(cfg)
+    teacher, name = Teacher(student.encoder.eval(), window=cfg.window), Path(path).parent.name or path
+    if path != "random":
+        convert.load_encoder(student, state, path, head=True)
+        convert.load_encoder(teacher, state, path, "teacher")
+    return SimpleNamespace(name=name, kind=kind, cfg=cfg, words=words, student=student, teacher=teacher)
 
 
 def find(place, kind):

@@ -7,13 +7,15 @@ python -m tools.plot runs/a --out curves.png --keys loss,target_std,pred_std
 import json
 import math
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from pathlib import Path
 
-from common import UserError, require, run, say, whole
+from common import UserError, require, run, whole
 from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
 STYLE = {"svg.hashsalt": "data2vec", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+STYLE["savefig.dpi"] = 150
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -33,17 +35,29 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
-def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
-    """One panel per key, four in a row; one line per run. The same input gives the same file."""
+@contextmanager
+def figure(path: Path, look: dict | None = None):
+    """Yields an empty figure and then writes it. The same content gives the same file."""
+    require(path.suffix in (".svg", ".png"), f"--out {path}: must end in .svg or .png")
     from matplotlib import style
     from matplotlib.figure import Figure
 
+    with style.context(["default", STYLE | (look or {})]):
+        drawn = Figure(layout="constrained")
+        yield drawn
+        undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
+        with whole(path) as place:
+            drawn.savefig(place, metadata=dict.fromkeys(undated))
+
+
+def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
+    """One panel per key, four in a row; one line per run."""
     columns = min(len(keys), 4)
     rows = math.ceil(len(keys) / 4)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(3.2 * columns, 2.5 * rows), layout="constrained")
+    with figure(path) as page:
+        page.set_size_inches(3.2 * columns, 2.5 * rows)
         for i, key in enumerate(keys):
-            panel = figure.add_subplot(rows, columns, i + 1)
+            panel = page.add_subplot(rows, columns, i + 1)
             for name, curves in runs.items():
                 curve = curves.get(key, {})
                 marker = "." if len(curve) < 20 else ""
@@ -52,29 +66,19 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
             panel.grid(alpha=0.3)
         if len(runs) > 1:
             handles = panel.get_legend_handles_labels()
-            figure.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
-        with whole(path) as place:
-            figure.savefig(place, dpi=150, metadata={"Date": None, "Creator": None})
+            page.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
 
 
 def draw_points(tables: dict[str, dict], label: str, path: Path) -> None:
     """One panel per metric: the mean of each setting, its std as a bar. tables: {metric: table.compare()}."""
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError:
-        return say("no figure: drawing needs matplotlib: pip install -r requirements-dev.txt")
-
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(3.2 * len(tables), 2.5), layout="constrained")
-        for panel, (key, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+    with figure(path) as page:
+        page.set_size_inches(3.2 * len(tables), 2.5)
+        for panel, (key, rows) in zip(page.subplots(1, len(tables), squeeze=False)[0], tables.items()):
             means, stds, *_ = zip(*rows.values())
             panel.errorbar(range(len(rows)), means, stds, fmt="o", capsize=3)
             panel.set_xticks(range(len(rows)), rows)
             panel.set(title=key, xlabel=label)
             panel.grid(alpha=0.3)
-        with whole(path) as place:
-            figure.savefig(place, metadata=dict.fromkeys(("Date", "Creator")))
 
 
 def main() -> None:
@@ -84,7 +88,6 @@ def main() -> None:
     parser.add_argument("--keys", default="", help=f"comma-separated; default: {', '.join(DEFAULT_KEYS)}")
     parser.add_argument("--labels", default="", help="comma-separated names of the runs; default: folders")
     args = parser.parse_args()
-    require(args.out.suffix in (".svg", ".png"), f"--out {args.out}: must end in .svg or .png")
     curves = [read_curves(folder) for folder in args.runs]
     names = args.labels.split(",") if args.labels else list(map(str, args.runs))
     require(len(set(names)) == len(names) == len(curves), f"--labels {args.labels}: give a name for each run")
