@@ -35,6 +35,7 @@ ELSEWHERE = {  # commands that another test runs
 }
 EXTRA = [  # the first pattern that matches a command says what is added to make it small
     (r"train_vision.py .*--help", ""),
+    (r"tools.ablate", f"{BRIEF} --global_batch 8 --guard_after -1"),
     (r"train_vision.py --preset (base|large|large_phase2)", f"{BRIEF} {VIT}"),
     (r"train_vision.py", f"{BRIEF} --global_batch 8 --guard_after -1"),
     (r"train_speech.py --preset (base|audioset)", f"{SPEECH} --max_samples 480000 --batch_seconds 30"),
@@ -66,6 +67,7 @@ def newcomer(tmp_path_factory):
     """A folder with the data that the README names; its commands leave their runs there."""
     home = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(ROOT / "assets", home / "assets")
+    (home / "train_vision.py").symlink_to(ROOT / "train_vision.py")
     rng = np.random.default_rng(0)
     for folder, classes in (("cifar10", ("cat", "dog")), ("IMAGENET", ("n01440764", "n01443537"))):
         for split, count in (("train", 24), ("val", 6)):
@@ -113,7 +115,7 @@ def test_command(command, newcomer, monkeypatch, capsys):
         pytest.importorskip(
             "safetensors", reason="a folder of transformers takes safetensors (requirements-dev.txt)"
         )
-    if command.startswith("python -m tools.plot"):
+    if re.match("python -m tools.(plot|draw|ablate)", command):
         pytest.importorskip("matplotlib", reason="requirements-dev.txt")
     extra = next((extra for pattern, extra in EXTRA if re.search(pattern, command)), None)
     assert extra is not None, f"the README has a command that nothing runs: {command}"
