@@ -6,12 +6,13 @@ import copy
 import errno
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -62,6 +63,10 @@ def run(main):
     except KeyboardInterrupt as stop:  # its argument: another signal
         status = 128 + (stop.args or [signal.SIGINT])[0]
     finally:
+        for worker in [child for child in multiprocessing.active_children() if child.daemon]:
+            with suppress(RuntimeError):  # torch watches the workers of a loader, which ignore signals
+                worker.kill()
+                worker.join()
         if dist.is_initialized():  # gloo's threads can hang an orderly exit
             atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(status)))
     sys.exit(status)
@@ -161,11 +166,8 @@ def accumulation_steps(global_batch, micro_batch, world):
 
 
 def lr_at(step, cfg):
-    """Learning rate at step 1 .. cfg.steps; warmup and decay are fractions of the steps, final_scale of lr.
-
-    A linear warm-up to lr, then cfg.schedule down to final_scale * lr: a cosine, linear, or tri_stage, which
-    holds lr and decays exponentially at the end.
-    """
+    """Learning rate at step 1 .. cfg.steps; warmup and decay are fractions of them. A linear warm-up to lr,
+    then a cosine, linear, or tri_stage (hold, then decay exponentially) down to final_scale * lr."""
     warmup, final = round(cfg.warmup * cfg.steps), cfg.final_scale
     if step <= warmup:
         return cfg.lr * step / warmup
@@ -352,10 +354,7 @@ def random_states(device):
 
 
 class Log:
-    """A run's folder (config.json, metrics.jsonl, results.json) and its progress bar; lines if no terminal.
-
-    step is where the run starts; unit what advance() counts, such as "images".
-    """
+    """A run's folder and its progress bar, or lines without a terminal. unit: what advance() counts."""
 
     def __init__(self, cfg, step, rank, device, unit):
         self.cfg, self.rank, self.device, self.unit, self.folder = cfg, rank, device, unit, Path(cfg.out)

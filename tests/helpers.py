@@ -111,12 +111,12 @@ def call(script, *flags):
     return code, out.getvalue(), err.getvalue()
 
 
-def launch(script, *flags, processes=1):
+def launch(script, *flags, processes=1, limit=300):
     """The same in a process of its own, or several by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), script.__file__, *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
     return ended.returncode, ended.stdout, ended.stderr
 
 

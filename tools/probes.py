@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import to_device
+from common import require, to_device
 from data import audio, images, letters, text
 from data.sampling import fixed_subset, loader
 from targets import top_k_average
@@ -73,6 +73,7 @@ class ImageProbe(Probe):
 
     def setup(self, train, val):
         self.held_out, self.labelled = self.fixed(val, self.cfg.eval_images), []
+        require(self.held_out, f"--data {self.cfg.data}: no held-out image can be read")
         if len(train.classes) > 1 and -1 not in train.labels + val.labels:
             self.labelled = self.fixed(train, self.cfg.probe_images)
 
