@@ -377,7 +377,7 @@ class Log:
             require(new, f"--out {self.folder}: holds a run; add --resume, or use another --out")
         with writing(f"--out {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(metrics, "ab+", buffering=0)  # noqa: SIM115  a line is on disk when it is written
+            self.file = open(metrics, "ab+", buffering=0)  # noqa: SIM115  on disk when written
         try:
             if fcntl:  # not on Windows; the lock ends with this process
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
