@@ -68,7 +68,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     parser.add_argument("--keys", default="", help="comma-separated columns; default: every number")
-    parser.add_argument("--group", choices=["seed"], help="mean and std of runs whose names differ only in -sN")
+    parser.add_argument("--group", choices=["seed"], help="mean and std of runs that differ only in -sN")
     args = parser.parse_args()
     rows = {}
     for folder in args.runs:
