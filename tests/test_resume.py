@@ -253,6 +253,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_there_was(data, tmp_path, size):
     )
     assert "Traceback" not in log.read_text() and "make room" in log.read_text()
     assert_same(before, checkpoint(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("}\n"), "no half line"
     assert sorted(os.listdir(tmp_path / "run")) == whole
     done(call(train_vision, *flags, "--resume"))
 
