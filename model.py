@@ -242,9 +242,9 @@ class WaveEmbed(nn.Module):
 
     def forward(self, waves, lengths=None):
         """waves (B, N) float, normalised; lengths (B,) in samples, None: no padding -> (B, T, D), valid."""
-        x = waves[:, None].transpose(1, 2)  # (B, N, C)
+        x = waves[..., None]  # (B, N, C)
         for conv, norm in zip(self.content["convs"], self.content["norms"]):
-            x = gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
+            x = gelu(norm(convolve(conv, x)))
         x = self.content["proj"](self.content["norm"](x))
         if lengths is None:
             return x, None
@@ -255,9 +255,16 @@ class WaveEmbed(nn.Module):
             x = x.masked_fill(~valid[..., None], 0)  # padding is zeroed once, as in fairseq
         y = x
         for conv in self.positions:
-            y = conv(y.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]  # an even kernel gives one too many
+            y = convolve(conv, y)[:, : x.shape[1]]  # an even kernel gives one too many
             y = gelu(F.layer_norm(y, x.shape[-1:]))
         return self.dropout(self.norm(x + y)), [None]
+
+
+def convolve(conv, x):
+    """A Conv1d of x (B, T, C) -> (B, T', C'). In two dimensions torch need not copy x to have T last."""
+    stride, padding = (1, *conv.stride), (0, *conv.padding)
+    y = F.conv2d(x.mT[:, :, None], conv.weight[:, :, None], conv.bias, stride, padding, groups=conv.groups)
+    return y[:, :, 0].mT
 
 
 def gelu(x):
