@@ -64,6 +64,8 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path, label="step", stds=
                     panel.errorbar([*curve], [*curve.values()], stds[key], fmt="none", capsize=3)
             panel.set(title=key, xlabel=label)
             panel.grid(alpha=0.3)
+            if key == "explained_variance":  # an untrained network is far below
+                panel.set_ylim(-0.5, 1)
         if len(runs) > 1:
             page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns + 1)
 
