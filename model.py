@@ -253,11 +253,13 @@ class WaveEmbed(nn.Module):
     def add_positions(self, x, valid=None):
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)  # padding is zeroed once, as in fairseq
-        y = x
+        return self.dropout(self.norm(x + self.position(x))), [None]
+
+    def position(self, x):
         for conv in self.positions:
-            y = convolve(conv, y)[:, : x.shape[1]]  # an even kernel gives one too many
-            y = gelu(F.layer_norm(y, x.shape[-1:]))
-        return self.dropout(self.norm(x + y)), [None]
+            y = convolve(conv, x)[:, : x.shape[1]]  # an even kernel gives one too many
+            x = gelu(F.layer_norm(y, y.shape[-1:]))
+        return x
 
 
 def convolve(conv, x):
