@@ -107,3 +107,36 @@ def span_mask_tokens(
     if regular.any() and not mask.any():
         mask[rng.choice(regular.nonzero()[:, 0].numpy())] = True
     return ids.masked_fill(mask, mask_id), mask
+
+
+# ---- data2vec 2.0: exactly equal counts in all rows
+
+
+def exact_blocks(
+    grid: tuple[int, ...], share: float, adjust: float, side: int, rng: np.random.Generator
+) -> Tensor:
+    """Exactly int(share * T) of the T positions of a grid, in squares, or spans, around random centres (2.0).
+
+    int(T * (share + adjust) / side^n) centres, of which some may coincide; a square is cut at the border; then
+    single positions are added or removed at random. Hidden spans of speech; of images what stays VISIBLE.
+
+    grid     (T,) or (H, W)
+    returns  (T,) bool, row-major
+    """
+    chosen = np.zeros(grid, dtype=bool)
+    for centre in rng.integers(
+        grid, size=(int(chosen.size * (share + adjust) / side ** len(grid)), len(grid))
+    ):
+        chosen[tuple(slice(max(0, i - side // 2), i - side // 2 + side) for i in centre)] = True
+    chosen, count = chosen.flatten(), int(chosen.size * share)
+    surplus = int(chosen.sum()) - count
+    wrong = rng.permutation(np.flatnonzero(chosen if surplus > 0 else ~chosen))[: abs(surplus)]
+    chosen[wrong] = surplus < 0
+    return torch.from_numpy(chosen)
+
+
+def uniform_mask(length: int, ratio: float, rng: np.random.Generator) -> Tensor:
+    """All but int(length * (1 - ratio)) random positions (2.0, text): (length,) bool."""
+    mask = np.ones(length, dtype=bool)
+    mask[rng.permutation(length)[: int(length * (1 - ratio))]] = False
+    return torch.from_numpy(mask)

@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     target       which output is a_l: "block" (after the last residual, and norm if post-norm), "ffn" (before
                  the residual), "ffn_residual" (after it, before the norm) or "attention"
-    drop_path    pre-norm: probability of skipping a branch, per sample
+    drop_path    probability of skipping a branch, per sample
     layer_scale  pre-norm: initial gain of both branches, 0 for none (ViT-B 1e-4, ViT-L 1e-5)
     alpha        post-norm: residual gain of DeepNorm, (2L)^(1/4); 1: none
     dropout      of both branches, of the attention weights, inside the FFN
@@ -86,9 +86,9 @@ class Block(nn.Module):
             x = residual = x + self.dropout(ffn)
         else:
             attention = self.attn(x, bias)
-            x = self.norm1(self.alpha * x + self.dropout(attention))
+            x = self.norm1(self.alpha * x + self.dropout(self.branch(attention, None)))
             ffn = self.ffn(x)
-            residual = self.alpha * x + self.dropout(ffn)
+            residual = self.alpha * x + self.dropout(self.branch(ffn, None))
             x = self.norm2(residual)
         return x, {"block": x, "ffn": ffn, "ffn_residual": residual, "attention": attention}[self.target]
 

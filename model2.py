@@ -10,12 +10,30 @@ sample b. Blocks are post-norm in all modalities, and a_l is what their FFN give
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import option, require
 from model import Block, PatchEmbed, TokenEmbed, WaveEmbed, attention_mask, convolve, gelu, neighbours
+
+
+@dataclass
+class Options2:
+    """What 2.0 adds to the options of a train script. Presets alone set those without a help text."""
+
+    masks: int = option(
+        0, "data2vec 2.0: masks of a sample, whose hidden positions the student skips", min_=0
+    )
+    mask_adjust: float = option(0.0, "2.0: so much more than mask_ratio in the first blocks", min_=0, max_=1)
+    prenet: int = option(0, "2.0: further layers below those that give targets", min_=0)
+    decoder_depth: int = option(4, "2.0: convolutions of the decoder", min_=1)
+    decoder_width: int = 384
+    decoder_kernel: int = 7
+    decoder_groups: int = 16
+    decoder_dropout: float = 0.0
 
 
 class Encoder2(nn.Module):
@@ -210,3 +228,29 @@ def init_weights(student, std=0.02):
     else:
         for table in (embed.tokens, embed.positions):
             table.weight.data[embed.pad] = 0
+
+
+# ---- from the options of a train script
+
+
+def build(cfg, embed, context, eps, layer_drop=0.0, drop_path=0.0, residual=True, head=1):
+    """The student of these options, with random weights."""
+    for name, width in (("dim", cfg.dim), ("decoder_width", cfg.decoder_width)):
+        fits = width % cfg.decoder_groups == 0
+        require(fits, f"--{name} {width}: must be a multiple of {cfg.decoder_groups}, the decoder's groups")
+    require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
+    options = {"heads": cfg.heads, "ffn": cfg.ffn, "prenet": cfg.prenet, "context": context, "eps": eps}
+    options["dropout"] = (cfg.dropout, cfg.attn_dropout, 0.0)
+    encoder = Encoder2(embed, cfg.dim, cfg.depth, layer_drop=layer_drop, drop_path=drop_path, **options)
+    sizes = cfg.decoder_width, cfg.decoder_depth, cfg.decoder_kernel, cfg.decoder_groups
+    student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, head), cfg.decoder_dropout)
+    init_weights(student)
+    return student
+
+
+def groups(cfg, student):
+    """What the optimiser gets: 1.0 decays all weights (speech, text), 2.0 only matrices."""
+    if not cfg.masks:
+        return student.parameters()
+    parts = [[p for p in student.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
+    return [{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}]

@@ -13,10 +13,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import model2
 from common import RunConfig, due, option
 from data import audio
 from data.sampling import loader
-from masking import span_mask
+from masking import exact_blocks, span_mask
 from model import Encoder, Student, Teacher, WaveEmbed, init_post_norm
 from targets import NORMS, feature_std, regression_loss, tau_at, top_k_average
 from tools import convert, probes
@@ -25,7 +26,7 @@ CONVS = ((10, 5),) + 4 * ((3, 2),) + 2 * ((2, 2),)  # kernel, stride: 16,000 sam
 
 
 @dataclass
-class Config(RunConfig):
+class Config(model2.Options2, RunConfig):
     train: list = option([], "splits of --data to train on; default: train, train-*, train.tsv or all")
     valid: list = option([], "held-out splits; default: dev, valid, val or every 20th utterance")
     init_teacher: str = option("teacher", "network of --init to start from", ("teacher", "student"))
@@ -117,6 +118,10 @@ def build(cfg: Config) -> Student:
     common.require(cfg.dim % cfg.pos_groups == 0, f"--dim {cfg.dim}: must be a multiple of {cfg.pos_groups}")
     convs = [(cfg.channels, kernel, stride) for kernel, stride in CONVS]
     kernel = max(3, cfg.pos_width // cfg.pos_depth)
+    if cfg.masks:
+        stack = kernel, cfg.pos_depth, cfg.pos_groups
+        waves = model2.Waves(convs, cfg.dim, *stack, cfg.heads, cfg.norm_eps)
+        return model2.build(cfg, waves, context=True, eps=cfg.norm_eps, layer_drop=cfg.layer_drop)
     embed = WaveEmbed(convs, cfg.dim, kernel, cfg.pos_depth, cfg.pos_groups, cfg.dropout, cfg.norm_eps)
     block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "deep_norm": cfg.deep_norm}
     block |= {"dropout": (cfg.dropout, cfg.attn_dropout, cfg.ffn_dropout), "layer_drop": cfg.layer_drop}
@@ -129,9 +134,12 @@ def build(cfg: Config) -> Student:
 
 
 def draw_mask(cfg: Config, lengths, rng):
-    """lengths (B,) in samples -> (B, T) bool."""
+    """lengths (B,) in samples -> (B, T) bool; 2.0: (B * M, T)."""
     for kernel, stride in CONVS:
         lengths = (lengths - kernel) // stride + 1
+    if cfg.masks:
+        block = (int(lengths.max()),), cfg.mask_p, cfg.mask_adjust, cfg.mask_span
+        return torch.stack([exact_blocks(*block, rng) for _ in range(len(lengths) * cfg.masks)])
     return span_mask(lengths.numpy(), cfg.mask_p, cfg.mask_span, rng, equal=not cfg.pad)
 
 
@@ -158,7 +166,7 @@ def main():
     shared = ("embed.content", "embed.positions") if cfg.share_positions else ("embed.content",)
     teacher = Teacher(student.encoder, shared, cfg.window)
     betas, decay = (0.9, cfg.beta2), cfg.weight_decay
-    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, betas, 1e-6, decay, fused=True)
+    optimizer = torch.optim.AdamW(model2.groups(cfg, student), cfg.lr, betas, 1e-6, decay, fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and layer drop differ between processes
     step = common.load_run(cfg, rank, student, teacher, optimizer, scaler)["step"]
     if cfg.init and step == 0:
@@ -185,7 +193,8 @@ def main():
     while step < cfg.steps:
         step += 1
         lr, tau = common.lr_at(step, cfg), tau_at(step, cfg.tau_0, cfg.tau_e, cfg.tau_n)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         micro_batches = [common.to_device(next(loaded), device) for _ in range(accumulation)]
         counts = [torch.stack([batch["mask"].sum(), batch["lengths"].sum()]) for batch in micro_batches]
         num_masked, samples = common.all_reduce(sum(counts))
@@ -195,9 +204,10 @@ def main():
             ddp.require_backward_grad_sync = i == accumulation - 1
             # ---- data2vec (mask: drawn with the batch; both networks use the content x (B, T, D))
             with autocast:
-                f, x, valid_frames = ddp(wave, mask, lengths)  # f (M, D), from the visible frames
+                f, x, valid_frames = ddp(wave, mask, lengths)  # f (N, D), from the visible frames
                 layers = teacher.from_embedded(x, valid_frames)
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D), of all frames
+                y = y.repeat_interleave(len(mask) // len(y), dim=0)  # 2.0: M masks of a recording
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=cfg.dim**-0.5) / num_masked
             scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()

@@ -48,7 +48,9 @@ class Probe:
         """-> f (M, D), y (B, T, D), mask (B, T)."""
         with self.autocast:
             f, layers = self.forward(student, teacher, batch)
-        return f, top_k_average(layers, self.cfg.top_k, self.cfg.norm, self.cfg.final_norm), batch["mask"]
+        y = top_k_average(layers, self.cfg.top_k, self.cfg.norm, self.cfg.final_norm)
+        mask = batch["mask"].flatten(0, -2)
+        return f, y.repeat_interleave(len(mask) // len(y), dim=0), mask
 
     def encode(self, encoder, source, lengths=None):
         with self.autocast:
@@ -85,7 +87,7 @@ class ImageProbe(Probe):
 
     def forward(self, student, teacher, batch):
         view = images.normalise(batch["images"])
-        f, _, _ = student(view, batch["mask"])
+        f, _, _ = student(view, batch["mask"].flatten(0, -2))
         return f, teacher(view)
 
     def features(self, encoder):
@@ -163,25 +165,35 @@ class TextProbe(Probe):
         if self.cfg.objective == "mlm":
             return {}
         scores = super().predictions(student, teacher)
+        if self.cfg.masks:  # 2.0's encoder never sees a hidden position: what the decoder says of it
+            scores["probe"] = self.probe(lambda batch: self.step(student, teacher, batch)[0])
         steps = ((self.step(student, teacher, batch), batch["tokens"]) for batch in self.held_out)
-        targets = ((y, tokens != text.PAD) for (_, y, _), tokens in steps)
+        targets = ((y[:: len(y) // len(tokens)], tokens != text.PAD) for (_, y, _), tokens in steps)
         return scores | {"position_r2": position_r2(targets, self.cfg.max_tokens)}
 
     def forward(self, student, teacher, batch):
-        f, _, _ = student(batch["corrupted"], batch["mask"])
-        return f, teacher(batch["tokens"])
+        f, x, valid = student(batch["corrupted"], batch["mask"].flatten(0, -2))
+        return f, teacher.from_embedded(x, valid) if self.cfg.masks else teacher(batch["tokens"])
 
     def features(self, encoder):
-        (x, y), (x_test, y_test) = self.selected(encoder, self.fit), self.selected(encoder, self.held_out)
+        if self.cfg.masks:
+            return {}
+        return {"probe": self.probe(lambda batch: self.encode(encoder, batch["corrupted"])[batch["mask"]])}
+
+    def probe(self, features):
+        """features(batch) -> (N, D), of the selected tokens."""
+        (x, y), (x_test, y_test) = self.selected(features, self.fit), self.selected(features, self.held_out)
         counts = torch.bincount(y, minlength=int(y_test.max()) + 1)
         rank = counts.argsort(descending=True, stable=True).argsort()  # the commonest token is 0
         fit, test = rank[y] < 200, rank[y_test] < 200
-        return {"probe": linear_probe(x[fit], rank[y][fit], x_test[test], rank[y_test][test])}
+        return linear_probe(x[fit], rank[y][fit], x_test[test], rank[y_test][test])
 
-    def selected(self, encoder, batches):
+    def selected(self, features, batches):
         """-> features (N, D) of the selected tokens, their ids (N,)."""
-        x = [self.encode(encoder, batch["corrupted"])[batch["mask"]] for batch in batches]
-        return torch.cat(x), torch.cat([batch["tokens"][batch["mask"]] for batch in batches])
+        ids = []
+        for tokens, mask in [(batch["tokens"], batch["mask"].flatten(0, -2)) for batch in batches]:
+            ids.append(tokens.repeat_interleave(len(mask) // len(tokens), dim=0)[mask])
+        return torch.cat([features(batch).float() for batch in batches]), torch.cat(ids)
 
 
 def explained_variance(batches, by_position):

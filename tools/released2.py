@@ -3,12 +3,17 @@
 import re
 
 NAMES = {
-    "local_encoder.proj": "embed.proj", "extra_tokens": "embed.cls", "alibi_scale": "embed.gain",
+    "local_encoder.proj": "embed.proj",
+    "extra_tokens": "embed.cls",
+    "alibi_scale": "embed.gain",
     "local_encoder.conv_layers.#.0": "embed.content.convs.#",
     "local_encoder.conv_layers.#.2.1": "embed.content.norms.#",
-    "project_features.1": "embed.content.norm", "project_features.2": "embed.content.proj",
-    "local_encoder.embed_tokens": "embed.tokens", "local_encoder.embed_positions": "embed.positions",
-    "local_encoder.layernorm_embedding": "embed.norm", "context_encoder.norm": "context.norm",
+    "project_features.1": "embed.content.norm",
+    "project_features.2": "embed.content.proj",
+    "local_encoder.embed_tokens": "embed.tokens",
+    "local_encoder.embed_positions": "embed.positions",
+    "local_encoder.layernorm_embedding": "embed.norm",
+    "context_encoder.norm": "context.norm",
     "context_encoder.blocks": "context.blocks",
 }
 
@@ -23,9 +28,13 @@ def our_names(weights):
         if name.startswith("fixed_positional"):
             continue
         if name.startswith("decoder."):
-            name = re.sub(r"decoder\.blocks\.(\d+)\.0", r"head.convs.\1", name).replace("decoder.proj", "head.head")
+            name = re.sub(r"decoder\.blocks\.(\d+)\.0", r"head.convs.\1", name).replace(
+                "decoder.proj", "head.head"
+            )
         else:
-            name = re.sub(r"^relative_positional_encoder\.(\d+)\.0", lambda m: f"embed.positions.{int(m[1]) - 1}", name)
+            name = re.sub(
+                r"^relative_positional_encoder\.(\d+)\.0", lambda m: f"embed.positions.{int(m[1]) - 1}", name
+            )
             for theirs, own in NAMES.items():
                 pattern = "^" + re.escape(theirs).replace("\\#", r"(\d+)") + r"(?=\.|$)"
                 name = re.sub(pattern, own.replace("#", r"\1"), name)
