@@ -138,7 +138,9 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, pool_cls=False):
         super().__init__()
-        self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm.eps)  # the encoder's own is not used
+        self.norm = nn.LayerNorm(
+            encoder.dim, eps=encoder.blocks[0].norm1.eps
+        )  # the encoder's own is not used
         encoder.norm, encoder.mask_embedding = nn.Identity(), None
         self.encoder, self.pool_cls, self.out = encoder, pool_cls, nn.Linear(encoder.dim, classes)
         init_vision(self.out)
@@ -180,7 +182,7 @@ class FrameClassifier(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x, valid = self.encoder.embed(waves, samples)
             if mask is not None:
-                x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
+                x = self.encoder.hide(x, mask)
             if channels is not None:
                 x = x.masked_fill(channels[:, None], 0)
             features, _ = self.encoder.transform(x, None, valid)

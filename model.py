@@ -123,10 +123,13 @@ class Encoder(nn.Module):
         x, valid = self.embed(input, lengths)
         return self.transform(x, mask, valid, window)
 
+    def hide(self, x, mask):
+        return torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+
     def transform(self, x, mask=None, valid=None, window=0):
         """As forward, from the content x (B, T, D) on. The mask acts before positions are added."""
         if mask is not None and self.mask_embedding is not None:
-            x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+            x = self.hide(x, mask)
         x, biases = self.embed.add_positions(x, valid)
         if valid is not None or window:
             near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None

@@ -66,6 +66,10 @@ class Encoder2(nn.Module):
         x, valid = self.embed(input, lengths)
         return self.transform(x, mask, valid, window)
 
+    def hide(self, x, mask, noise=0.01):
+        """Noise at hidden positions, which stay: for the masks of fine-tuning."""
+        return torch.where(mask[..., None], noise * torch.randn_like(x), x)
+
     def transform(self, x, mask=None, valid=None, window=0):
         """As forward, from the content x (B, T, D) on; the M copies of a sample share it."""
         x = self.embed.place(x, mask, valid)
