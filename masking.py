@@ -115,7 +115,7 @@ def span_mask_tokens(
 def exact_blocks(
     grid: tuple[int, ...], share: float, adjust: float, side: int, rng: np.random.Generator
 ) -> Tensor:
-    """Exactly int(share * T) of the T positions of a grid, in squares, or spans, around random centres (2.0).
+    """Exactly int(share * T) of the T positions of a grid, in squares or spans around random centres (2.0).
 
     int(T * (share + adjust) / side^n) centres, of which some may coincide; a square is cut at the border; then
     single positions are added or removed at random. Hidden spans of speech; of images what stays VISIBLE.

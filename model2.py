@@ -1,4 +1,4 @@
-"""data2vec 2.0's networks (Baevski et al., ICML 2023): the student sees visible positions alone, M times a sample.
+"""data2vec 2.0's networks (Baevski et al., ICML 2023): M masks a sample, whose hidden positions nobody encodes.
 
     x = embed(input)                         (B, T, D)      once a sample
     h = encoder(x at its visible positions)  (B * M, V, D)  M masks a sample
@@ -62,7 +62,7 @@ class Encoder2(nn.Module):
         self.norm = nn.Identity()
 
     def forward(self, input, mask=None, lengths=None, window=0):
-        """-> features of visible positions (R, prefix + V, D), [a_1 .. a_L] (R, V, D); without a mask of all."""
+        """-> features of visible positions (R, prefix + V, D), [a_1 .. a_L] (R, V, D); no mask: of all."""
         x, valid = self.embed(input, lengths)
         return self.transform(x, mask, valid, window)
 

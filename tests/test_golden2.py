@@ -7,10 +7,11 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
+from masking import exact_blocks, uniform_mask
 from model import Teacher
 from model2 import Decoder, Encoder2, Patches, Student2, Tokens, Waves
 from targets import regression_loss, top_k_average
@@ -140,3 +141,44 @@ def test_features_of_the_whole_input(path):
     (x,) = golden["input"].values()
     features, _ = student_of(golden).eval().encoder(x)
     close(features, golden["student_features"], 2e-5, "features")
+
+
+STATISTICS = {name: c for path in FILES for name, c in read(path).get("masks", {}).items()}
+
+
+def chosen_of(c, rng):
+    """What is drawn in blocks, hidden or visible, as the file has it: (H, W) or (T,) bool."""
+    if c["kind"] == "uniform":
+        return uniform_mask(c["positions"], c["mask_prob"], rng)
+    side = int(c["positions"] ** 0.5)
+    grid = (side, side) if c["kind"] == "2d" else (c["positions"],)
+    share = 1 - c["mask_prob"] if c["inverse_mask"] else c["mask_prob"]
+    return exact_blocks(grid, share, c["mask_prob_adjust"], c["mask_length"], rng).view(grid)
+
+
+def neighbours(rows, axis):
+    """How often two positions in a row, along an axis of (N, ...), are both chosen."""
+    n = rows.shape[axis] - 1
+    return rows.narrow(axis, 0, n) & rows.narrow(axis, 1, n)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_masks_are_like_the_released_ones(name):
+    c, n, rng = STATISTICS[name], 600, np.random.default_rng(0)
+    rows = torch.stack([chosen_of(c, rng) for _ in range(n)])
+    hidden = ~rows if c.get("inverse_mask") else rows
+    assert set(hidden.flatten(1).sum(1).tolist()) == {c["hidden"]}
+    p = c["hidden_frequency"]
+    error = (hidden.flatten(1).float().mean(0) - p).abs()
+    assert (error <= 5 * (p * (1 - p) * (1 / n + 1 / c["draws"])).sqrt() + 1e-3).all()
+    found, padded = {}, torch.nn.functional.pad(rows, (1, 1) * (rows.ndim - 1))
+    if c["kind"] == "2d":
+        found["adjacent_block_pairs"] = sum(neighbours(rows, axis).flatten(1).sum(1) for axis in (1, 2))
+        near = padded[:, 2:, 1:-1] | padded[:, :-2, 1:-1] | padded[:, 1:-1, 2:] | padded[:, 1:-1, :-2]
+        found["lone_block_cells"] = (rows & ~near).flatten(1).sum(1)
+    elif c["kind"] == "1d":
+        found["hidden_runs"] = (rows & ~padded[:, :-2]).sum(1)
+        found["lone_hidden"] = (rows & ~padded[:, :-2] & ~padded[:, 2:]).sum(1)
+    for key, values in found.items():
+        mean, std = c[key]
+        assert abs(values.float().mean() - mean) <= 4 * std * (1 / n + 1 / c["draws"]) ** 0.5, key

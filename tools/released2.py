@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def our_names(weights, path="released checkpoint"):
-    """{name: tensor} of the student, the teacher or gradients, under our names. UserError for another name."""
+    """{name: tensor} of student, teacher or gradients, under our names. UserError for an unknown name."""
     ours = {}
     for theirs, tensor in weights.items():
         name = re.sub(r"^modality_encoders\.\w+\.|^(?=\d)", lambda m: "" if m[0] else "blocks.", theirs)
