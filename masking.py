@@ -109,34 +109,34 @@ def span_mask_tokens(
     return ids.masked_fill(mask, mask_id), mask
 
 
-# ---- data2vec 2.0: exactly equal counts in all rows
+# ---- data2vec 2.0: equally many in each row
 
 
 def exact_blocks(
-    grid: tuple[int, ...], share: float, adjust: float, side: int, rng: np.random.Generator
+    rows: int, grid: tuple[int, ...], share: float, adjust: float, side: int, rng: np.random.Generator
 ) -> Tensor:
-    """Exactly int(share * T) of the T positions of a grid, in squares or spans around random centres (2.0).
+    """Squares (spans) around random centres that fill exactly int(share * T) positions of a grid (2.0).
 
-    int(T * (share + adjust) / side^n) centres, of which some may coincide; a square is cut at the border; then
-    single positions are added or removed at random. Hidden spans of speech; of images what stays VISIBLE.
+    int(T * (share + adjust) / side^n) centres, some of which may coincide; squares are cut at the border; then
+    single positions are added or removed at random. Of speech these are hidden, of images what stays VISIBLE.
 
     grid     (T,) or (H, W)
-    returns  (T,) bool, row-major
+    returns  (rows, T) bool, row-major
     """
-    chosen = np.zeros(grid, dtype=bool)
-    for centre in rng.integers(
-        grid, size=(int(chosen.size * (share + adjust) / side ** len(grid)), len(grid))
-    ):
-        chosen[tuple(slice(max(0, i - side // 2), i - side // 2 + side) for i in centre)] = True
-    chosen, count = chosen.flatten(), int(chosen.size * share)
-    surplus = int(chosen.sum()) - count
-    wrong = rng.permutation(np.flatnonzero(chosen if surplus > 0 else ~chosen))[: abs(surplus)]
-    chosen[wrong] = surplus < 0
-    return torch.from_numpy(chosen)
+    chosen = np.zeros((rows, *grid), dtype=bool)
+    total = math.prod(grid)
+    centres = rng.integers(grid, size=(rows, int(total * (share + adjust) / side ** len(grid)), len(grid)))
+    for row, places in zip(chosen, centres - side // 2):
+        for place in places:
+            row[tuple(slice(max(0, i), i + side) for i in place)] = True
+    for row in chosen.reshape(rows, total):  # a view
+        surplus = int(row.sum()) - int(total * share)
+        wrong = np.flatnonzero(row == (surplus > 0))
+        row[rng.permutation(wrong)[: abs(surplus)]] = surplus < 0
+    return torch.from_numpy(chosen).flatten(1)
 
 
-def uniform_mask(length: int, ratio: float, rng: np.random.Generator) -> Tensor:
-    """All but int(length * (1 - ratio)) random positions (2.0, text): (length,) bool."""
-    mask = np.ones(length, dtype=bool)
-    mask[rng.permutation(length)[: int(length * (1 - ratio))]] = False
-    return torch.from_numpy(mask)
+def uniform_mask(rows: int, length: int, ratio: float, rng: np.random.Generator) -> Tensor:
+    """All but int(length * (1 - ratio)) random positions (2.0, text): (rows, length) bool."""
+    order = torch.from_numpy(rng.random((rows, length))).argsort(dim=1).argsort(dim=1)
+    return order >= int(length * (1 - ratio))

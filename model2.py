@@ -1,4 +1,4 @@
-"""data2vec 2.0's networks (Baevski et al., ICML 2023): M masks a sample, whose hidden positions nobody encodes.
+"""data2vec 2.0's networks (Baevski et al., ICML 2023): M masks a sample, only what is visible is encoded.
 
     x = embed(input)                         (B, T, D)      once a sample
     h = encoder(x at its visible positions)  (B * M, V, D)  M masks a sample
@@ -237,15 +237,16 @@ def init_weights(student, std=0.02):
 # ---- from the options of a train script
 
 
-def build(cfg, embed, context, eps, layer_drop=0.0, drop_path=0.0, residual=True, head=1):
+def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True, head=1):
     """The student of these options, with random weights."""
     for name, width in (("dim", cfg.dim), ("decoder_width", cfg.decoder_width)):
         fits = width % cfg.decoder_groups == 0
         require(fits, f"--{name} {width}: must be a multiple of {cfg.decoder_groups}, the decoder's groups")
     require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
-    options = {"heads": cfg.heads, "ffn": cfg.ffn, "prenet": cfg.prenet, "context": context, "eps": eps}
+    options = {"heads": cfg.heads, "ffn": cfg.ffn, "prenet": cfg.prenet, "context": context}
+    options |= {"eps": cfg.norm_eps, "layer_drop": layer_drop, "drop_path": drop_path}
     options["dropout"] = (cfg.dropout, cfg.attn_dropout, 0.0)
-    encoder = Encoder2(embed, cfg.dim, cfg.depth, layer_drop=layer_drop, drop_path=drop_path, **options)
+    encoder = Encoder2(embed, cfg.dim, cfg.depth, **options)
     sizes = cfg.decoder_width, cfg.decoder_depth, cfg.decoder_kernel, cfg.decoder_groups
     student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, head), cfg.decoder_dropout)
     init_weights(student)

@@ -119,9 +119,8 @@ def build(cfg: Config) -> Student:
     convs = [(cfg.channels, kernel, stride) for kernel, stride in CONVS]
     kernel = max(3, cfg.pos_width // cfg.pos_depth)
     if cfg.masks:
-        stack = kernel, cfg.pos_depth, cfg.pos_groups
-        waves = model2.Waves(convs, cfg.dim, *stack, cfg.heads, cfg.norm_eps)
-        return model2.build(cfg, waves, context=True, eps=cfg.norm_eps, layer_drop=cfg.layer_drop)
+        stack = kernel, cfg.pos_depth, cfg.pos_groups, cfg.heads, cfg.norm_eps
+        return model2.build(cfg, model2.Waves(convs, cfg.dim, *stack), layer_drop=cfg.layer_drop)
     embed = WaveEmbed(convs, cfg.dim, kernel, cfg.pos_depth, cfg.pos_groups, cfg.dropout, cfg.norm_eps)
     block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "deep_norm": cfg.deep_norm}
     block |= {"dropout": (cfg.dropout, cfg.attn_dropout, cfg.ffn_dropout), "layer_drop": cfg.layer_drop}
@@ -138,8 +137,8 @@ def draw_mask(cfg: Config, lengths, rng):
     for kernel, stride in CONVS:
         lengths = (lengths - kernel) // stride + 1
     if cfg.masks:
-        block = (int(lengths.max()),), cfg.mask_p, cfg.mask_adjust, cfg.mask_span
-        return torch.stack([exact_blocks(*block, rng) for _ in range(len(lengths) * cfg.masks)])
+        rows, steps = len(lengths) * cfg.masks, int(lengths.max())
+        return exact_blocks(rows, (steps,), cfg.mask_p, cfg.mask_adjust, cfg.mask_span, rng)
     return span_mask(lengths.numpy(), cfg.mask_p, cfg.mask_span, rng, equal=not cfg.pad)
 
 

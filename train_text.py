@@ -104,9 +104,8 @@ PRESETS = {
 def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights."""
     if cfg.masks:
-        common.require(cfg.objective == "data2vec", "--objective mlm: without --masks alone")
         tokens = model2.Tokens(vocab, cfg.max_tokens, text.PAD, cfg.dim, cfg.dropout, cfg.norm_eps)
-        return model2.build(cfg, tokens, context=cfg.prenet > 0, eps=cfg.norm_eps, residual=False, head=2)
+        return model2.build(cfg, tokens, context=cfg.prenet > 0, residual=False, head=2)
     embed = TokenEmbed(vocab, cfg.max_tokens, text.PAD, cfg.dim, cfg.dropout, cfg.norm_eps)
     block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target}
     block["dropout"] = (cfg.dropout, cfg.attn_dropout, 0)
@@ -127,8 +126,7 @@ def build(cfg: Config, vocab: int) -> Student:
 def draw_mask(cfg: Config, vocabulary, ids, rng):
     """ids (T,) -> what the student sees (T,), mask (T,); 2.0: the same, mask (M, T)."""
     if cfg.masks:
-        masks = torch.stack([uniform_mask(len(ids), cfg.mask_p, rng) for _ in range(cfg.masks)])
-        return torch.from_numpy(ids), masks
+        return torch.from_numpy(ids), uniform_mask(cfg.masks, len(ids), cfg.mask_p, rng)
     if cfg.mask_span > 1:
         return span_mask_tokens(ids, vocabulary.regular_ids, vocabulary.mask, cfg.mask_p, cfg.mask_span, rng)
     return bert_mask(ids, vocabulary.regular_ids, vocabulary.mask, cfg.mask_p, rng)
@@ -188,8 +186,7 @@ def main():
             # ---- data2vec (mask: drawn with the batch)
             with autocast:
                 f, x, valid_tokens = ddp(batch["corrupted"], mask)  # (N, D), from the corrupted text
-                # (B, T, D), of the FULL text; 2.0: from the student's embedding of it
-                layers = teacher.from_embedded(x, valid_tokens) if cfg.masks else teacher(tokens)
+                layers = teacher.from_embedded(x, valid_tokens) if cfg.masks else teacher(tokens)  # FULL text
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)
                 y = y.repeat_interleave(len(mask) // len(y), dim=0)  # 2.0: M masks of a text
             if cfg.objective == "mlm":  # the comparison: f are logits, the target is the token itself

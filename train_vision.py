@@ -122,8 +122,7 @@ def build(cfg: Config) -> Student:
     common.require(fits, f"--image_size {cfg.image_size}: must be a multiple of --patch {cfg.patch}")
     grid, tables = (cfg.image_size // cfg.patch,) * 2, cfg.depth if cfg.per_block else 0
     if cfg.masks:
-        patches = model2.Patches(grid, cfg.patch, cfg.dim)
-        return model2.build(cfg, patches, context=True, eps=cfg.norm_eps, drop_path=cfg.drop_path)
+        return model2.build(cfg, model2.Patches(grid, cfg.patch, cfg.dim), drop_path=cfg.drop_path)
     embed = PatchEmbed(grid, cfg.patch, cfg.dim, cfg.heads, cfg.relative, cfg.learned_std, tables)
     block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "layer_scale": cfg.layer_scale}
     block |= {"dropout": (cfg.dropout, cfg.attn_dropout, 0), "drop_path": cfg.drop_path}
@@ -143,8 +142,7 @@ def draw_mask(cfg: Config, rng):
     """-> (T,) bool; 2.0: (M, T)."""
     grid = (cfg.image_size // cfg.patch,) * 2
     if cfg.masks:
-        share, *block = 1 - cfg.mask_ratio, cfg.mask_adjust, cfg.mask_block
-        return torch.stack([~exact_blocks(grid, share, *block, rng) for _ in range(cfg.masks)])
+        return ~exact_blocks(cfg.masks, grid, 1 - cfg.mask_ratio, cfg.mask_adjust, cfg.mask_block, rng)
     return block_mask(grid, cfg.mask_ratio, cfg.mask_block, rng)
 
 
@@ -184,8 +182,7 @@ def main():
             log.write(step, {}, evaluate(student, teacher))
 
     # ---- the loop
-    scale = cfg.dim**-0.5 if cfg.masks else 1 / cfg.dim
-    weight = cfg.class_weight / (cfg.global_batch * max(1, cfg.masks))
+    scale = cfg.dim ** (-0.5 if cfg.masks else -1)
     while step < cfg.steps:
         step += 1
         lr, tau = common.lr_at(step, cfg), tau_at(step, cfg.tau_0, cfg.tau_e, cfg.tau_n)
@@ -205,6 +202,7 @@ def main():
                 f, _, _ = ddp(view, mask)  # (N, D), from the visible patches
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale) / num_masked
             if cfg.masks:  # 2.0: the class token predicts the mean target
+                weight = cfg.class_weight / (cfg.global_batch * cfg.masks)  # of a view
                 micro_loss += weight * regression_loss(student.cls, y.mean(1), cfg.beta, scale)
             scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()

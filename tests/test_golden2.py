@@ -146,14 +146,14 @@ def test_features_of_the_whole_input(path):
 STATISTICS = {name: c for path in FILES for name, c in read(path).get("masks", {}).items()}
 
 
-def chosen_of(c, rng):
-    """What is drawn in blocks, hidden or visible, as the file has it: (H, W) or (T,) bool."""
+def chosen_of(c, n, rng):
+    """What is drawn in blocks, hidden or visible, as the file has it: (n, H, W) or (n, T) bool."""
     if c["kind"] == "uniform":
-        return uniform_mask(c["positions"], c["mask_prob"], rng)
+        return uniform_mask(n, c["positions"], c["mask_prob"], rng)
     side = int(c["positions"] ** 0.5)
     grid = (side, side) if c["kind"] == "2d" else (c["positions"],)
     share = 1 - c["mask_prob"] if c["inverse_mask"] else c["mask_prob"]
-    return exact_blocks(grid, share, c["mask_prob_adjust"], c["mask_length"], rng).view(grid)
+    return exact_blocks(n, grid, share, c["mask_prob_adjust"], c["mask_length"], rng).view(n, *grid)
 
 
 def neighbours(rows, axis):
@@ -165,7 +165,7 @@ def neighbours(rows, axis):
 @pytest.mark.parametrize("name", STATISTICS)
 def test_masks_are_like_the_released_ones(name):
     c, n, rng = STATISTICS[name], 600, np.random.default_rng(0)
-    rows = torch.stack([chosen_of(c, rng) for _ in range(n)])
+    rows = chosen_of(c, n, rng)
     hidden = ~rows if c.get("inverse_mask") else rows
     assert set(hidden.flatten(1).sum(1).tolist()) == {c["hidden"]}
     p = c["hidden_frequency"]
