@@ -70,6 +70,7 @@ class Config(RunConfig):
     erasing: float = option(0.0, "images: probability to erase a rectangle", min_=0, max_=1)
     rand_augment: float = option(0.0, "images: magnitude; 0: colour jitter instead", min_=0, max_=10)
     crop_min: float = option(0.4, "images: smallest area of the random crop", min_=0.01, max_=1)
+    pool: str = option("first", "sentences: score <s>, or take the largest of all tokens", ("first", "max"))
     beam: int = option(0, "letters: width of the beam search; 0: greedy", min_=0)
     lm: str = option("", "letters: language model for the beam search, an ARPA file")
     lm_weight: float = option(2.0, "letters: weight of the language model's log10 probabilities")
@@ -153,11 +154,16 @@ class Classifier(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """Last layer of <s> -> dropout -> Linear -> tanh -> dropout -> Linear (RoBERTa's)."""
+    """Last layer of <s> -> dropout -> Linear -> tanh -> dropout -> Linear (RoBERTa's); pool "max": of each
+    token, and of these scores the largest (ours, for what no single token tells, as the order of words)."""
 
-    def __init__(self, encoder, classes, dropout=0.0):
+    def __init__(self, encoder, classes, dropout=0.0, pool="first"):
         super().__init__()
-        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        self.encoder, self.dropout, self.scored = (
+            encoder,
+            nn.Dropout(dropout),
+            {"first": 1, "max": None}[pool],
+        )
         self.dense, self.out = nn.Linear(encoder.dim, encoder.dim), nn.Linear(encoder.dim, classes)
         for linear in (self.dense, self.out):
             nn.init.normal_(linear.weight, std=0.02)
@@ -166,7 +172,9 @@ class SentenceClassifier(nn.Module):
     def forward(self, tokens):
         """tokens (B, T) int64 -> logits (B, classes); one class: a score."""
         features, _ = self.encoder(tokens)
-        return self.out(self.dropout(self.dense(self.dropout(features[:, 0])).tanh()))
+        scores = self.out(self.dropout(self.dense(self.dropout(features[:, : self.scored])).tanh()))
+        padding = tokens[:, : self.scored, None] == self.encoder.embed.pad
+        return scores.masked_fill(padding, -math.inf).amax(1)
 
 
 class FrameClassifier(nn.Module):
@@ -232,8 +240,9 @@ class Task:
         config = self.script.Config(**{name: config[name] for name in known if name in config})
         vocab = [self.vocabulary.size] if self.vocabulary else []
         encoder = self.script.build(config, *vocab).encoder
-        option = config.pool_cls if self.modality == "vision" else cfg.dropout
-        self.model = self.head(encoder, len(classes), option).to(self.device)
+        options = [config.pool_cls] if self.modality == "vision" else [cfg.dropout]
+        options += [cfg.pool] if self.modality == "text" else []
+        self.model = self.head(encoder, len(classes), *options).to(self.device)
         self.classes, self.config = classes, asdict(config)
         if cfg.init != "none" and (cfg.init_from != "random" or self.tuned):
             network = "student" if self.tuned else cfg.init_from
@@ -517,7 +526,8 @@ def choose_task(cfg, processes):
     if cfg.eval_only or cfg.predict:
         kind = state.get("task")
         require(kind in KINDS, f"--init {cfg.init}: not fine-tuned, or not by this script; use its best.pt")
-        cfg.task = state.get("finetune", {}).get("task", kind) if cfg.task in KINDS else cfg.task
+        tuned = {"task": kind} | state.get("finetune", {})
+        cfg.task, cfg.pool = tuned["task"] if cfg.task in KINDS else cfg.task, tuned.get("pool", "first")
     task = KINDS[kind]
     if not state:
         require(cfg.model in task.script.PRESETS, f"--model {cfg.model}: not in {[*task.script.PRESETS]}")
