@@ -117,8 +117,8 @@ def exact_blocks(
 ) -> Tensor:
     """Squares (spans) around random centres that fill exactly int(share * T) positions of a grid (2.0).
 
-    int(T * (share + adjust) / side^n) centres, some of which may coincide; squares are cut at the border; then
-    single positions are added or removed at random. Of speech these are hidden, of images what stays VISIBLE.
+    int(T * (share + adjust) / side^n) centres, which may coincide; squares are cut at the border; then single
+    positions are added or removed at random. Of speech these are hidden, of images what stays VISIBLE.
 
     grid     (T,) or (H, W)
     returns  (rows, T) bool, row-major

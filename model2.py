@@ -9,7 +9,9 @@
 sample b. Blocks are post-norm in all modalities, and a_l is what their FFN gives, before the residual.
 """
 
+import copy
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -17,26 +19,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import option, require
-from model import Block, PatchEmbed, TokenEmbed, WaveEmbed, attention_mask, convolve, gelu, neighbours
+from model import Encoder, PatchEmbed, TokenEmbed, WaveEmbed, convolve, gelu
 
 
 @dataclass
 class Options2:
-    """What 2.0 adds to the options of a train script. Presets alone set those without a help text."""
+    """What 2.0 adds to the options of a train script."""
 
-    masks: int = option(
-        0, "data2vec 2.0: masks of a sample, whose hidden positions the student skips", min_=0
-    )
-    mask_adjust: float = option(0.0, "2.0: so much more than mask_ratio in the first blocks", min_=0, max_=1)
-    prenet: int = option(0, "2.0: further layers below those that give targets", min_=0)
-    decoder_depth: int = option(4, "2.0: convolutions of the decoder", min_=1)
-    decoder_width: int = 384
-    decoder_kernel: int = 7
-    decoder_groups: int = 16
+    masks: int = option(0, "> 0: data2vec 2.0, with so many masks of each sample; 0: 1.0", min_=0)
+    mask_adjust: float = option(0.0, "2.0: extra share in blocks, as they overlap", min_=0, max_=1)
+    prenet: int = option(0, "2.0: layers below the --depth ones, without targets", min_=0)
+    decoder_depth: int = option(3, "2.0: convolutions that predict what is hidden", min_=1)
+    decoder_width: int = option(128, "2.0: their channels", min_=1)
+    decoder_groups: int = option(16, "2.0: their groups, divisors of both widths", min_=1)
+    decoder_kernel: int = 3  # presets alone set these
     decoder_dropout: float = 0.0
 
 
-class Encoder2(nn.Module):
+class Encoder2(Encoder):
     """The visible positions of each copy through `prenet` blocks, which give no target, and `depth` blocks.
 
     embed    Patches, Waves or Tokens: as in model.Encoder, but with
@@ -45,33 +45,20 @@ class Encoder2(nn.Module):
     context  a LayerNorm before the blocks (images, speech; text only with prenet blocks)
     """
 
-    mask_embedding = None  # hidden positions never enter
-
-    def __init__(
-        self, embed, dim, depth, *, prenet, context, eps, dropout, layer_drop=0.0, drop_path=0.0, **block
-    ):
-        super().__init__()
-        self.embed, self.dim, self.prefix, self.layer_drop = embed, dim, embed.prefix, layer_drop
-        block |= {"pre_norm": False, "target": "ffn", "alpha": 1.0, "eps": eps, "dropout": dropout}
-        rates = [drop_path * l / max(depth - 1, 1) for l in range(depth)]
+    def __init__(self, embed, dim, depth, *, prenet, context, eps, dropout, target="ffn", **block):
+        block |= {"pre_norm": False, "eps": eps, "dropout": dropout, "target": target}
+        super().__init__(embed, dim, depth, **block)
         norm = nn.LayerNorm(dim, eps=eps) if context else nn.Identity()
-        blocks = nn.ModuleList(Block(dim, drop_path=rate, **block) for rate in rates[:prenet])
-        self.context = nn.ModuleDict({"norm": norm, "blocks": blocks})
+        self.context = nn.ModuleDict({"norm": norm, "blocks": copy.deepcopy(self.blocks[:prenet])})
         self.dropout = nn.Dropout(dropout[0] if context else 0.0)
-        self.blocks = nn.ModuleList(Block(dim, drop_path=rate, **block) for rate in rates)
-        self.norm = nn.Identity()
-
-    def forward(self, input, mask=None, lengths=None, window=0):
-        """-> features of visible positions (R, prefix + V, D), [a_1 .. a_L] (R, V, D); no mask: of all."""
-        x, valid = self.embed(input, lengths)
-        return self.transform(x, mask, valid, window)
 
     def hide(self, x, mask, noise=0.01):
         """Noise at hidden positions, which stay: for the masks of fine-tuning."""
         return torch.where(mask[..., None], noise * torch.randn_like(x), x)
 
     def transform(self, x, mask=None, valid=None, window=0):
-        """As forward, from the content x (B, T, D) on; the M copies of a sample share it."""
+        """Content x (B, T, D) -> features of visible positions (R, prefix + V, D), [a_1 .. a_L] (R, V, D);
+        without a mask of all. The M copies of a sample share its content."""
         x = self.embed.place(x, mask, valid)
         places = torch.arange(x.shape[1], device=x.device)[None]  # (1 or B * M, V)
         if mask is not None:
@@ -79,22 +66,14 @@ class Encoder2(nn.Module):
             rows = torch.arange(len(mask), device=x.device)[:, None]
             x = x[rows * len(x) // len(mask), places]
             valid = valid if valid is None else valid[rows * len(valid) // len(mask), places]
-        bias = self.embed.distance_bias(places)
+        biases = [self.embed.distance_bias(places)]
         if self.prefix:
             x = torch.cat([self.embed.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        if valid is not None or window:
-            near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
-            bias = attention_mask(bias, valid, near, self.prefix)
-        x, layers = self.dropout(self.context["norm"](x)), []
+        (bias,) = biases = self.limit(biases, x, valid, window)
+        x = self.dropout(self.context["norm"](x))
         for block in self.context["blocks"]:
             x, _ = block(x, bias)
-        for block in self.blocks:
-            if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
-                x = x + 0 * sum(p.sum() for p in block.parameters())  # zero gradients: DDP waits for them
-                continue
-            x, a = block(x, bias)
-            layers.append(a[:, self.prefix :])
-        return self.norm(x), layers
+        return self.run_blocks(x, biases)
 
 
 class Decoder(nn.Module):
@@ -138,9 +117,19 @@ class Student2(nn.Module):
         x, valid = self.encoder.embed(input, lengths)
         h, _ = self.encoder.transform(x, mask, valid)
         self.cls = h[:, 0] if self.encoder.prefix else None
-        y = self.noise * torch.randn(*mask.shape, h.shape[-1], dtype=h.dtype, device=h.device)
+        y = self.noise * noise_of(mask.chunk(len(x)), h.shape[-1]).to(h.dtype)
         y[~mask] = self.dropout(h[:, self.encoder.prefix :]).flatten(0, 1)
         return self.head(y)[mask], x.detach(), valid
+
+
+def noise_of(masks, dim):
+    """Standard normal (B * M, T, D), a function of each sample's masks (M, T), which are new at each step: so
+    any number of processes draw the same, and so does a step that is done again after an overflow."""
+    generator, noise = torch.Generator(masks[0].device), []
+    for mask in masks:
+        generator.manual_seed(zlib.crc32(mask.cpu().numpy().tobytes()))
+        noise.append(torch.randn(*mask.shape, dim, generator=generator, device=mask.device))
+    return torch.cat(noise)
 
 
 # ---- embedders -------------------------------------------------------------------------------------------
@@ -148,6 +137,8 @@ class Student2(nn.Module):
 
 class Patches(PatchEmbed):
     """Fixed sine and cosine positions, added to the patches alone; the class token is the extra token."""
+
+    mask_token = False  # hidden positions never enter
 
     def __init__(self, grid, patch, dim):
         super().__init__(grid, patch, dim, heads=0, relative=False)
@@ -170,6 +161,8 @@ def sin_cos(grid, dim):
 
 class Waves(WaveEmbed):
     """Position convolutions hear zeros at hidden steps; attention prefers the near, by a gain a head."""
+
+    mask_token = False
 
     def __init__(self, convs, dim, kernel, pos_depth, groups, heads, eps):
         super().__init__(convs, dim, kernel, pos_depth, groups, dropout=0.0, eps=eps)
@@ -241,12 +234,13 @@ def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True
     """The student of these options, with random weights."""
     for name, width in (("dim", cfg.dim), ("decoder_width", cfg.decoder_width)):
         fits = width % cfg.decoder_groups == 0
-        require(fits, f"--{name} {width}: must be a multiple of {cfg.decoder_groups}, the decoder's groups")
+        require(fits, f"--{name} {width}: must be a multiple of --decoder_groups {cfg.decoder_groups}")
     require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
-    options = {"heads": cfg.heads, "ffn": cfg.ffn, "prenet": cfg.prenet, "context": context}
-    options |= {"eps": cfg.norm_eps, "layer_drop": layer_drop, "drop_path": drop_path}
-    options["dropout"] = (cfg.dropout, cfg.attn_dropout, 0.0)
-    encoder = Encoder2(embed, cfg.dim, cfg.depth, **options)
+    for name, value in (("pad", False), ("objective", "data2vec"), ("deep_norm", False)):
+        require(getattr(cfg, name, value) == value, f"--{name}: not with --masks, which is data2vec 2.0")
+    options = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "eps": cfg.norm_eps}
+    options |= {"prenet": cfg.prenet, "context": context, "dropout": (cfg.dropout, cfg.attn_dropout, 0.0)}
+    encoder = Encoder2(embed, cfg.dim, cfg.depth, layer_drop=layer_drop, drop_path=drop_path, **options)
     sizes = cfg.decoder_width, cfg.decoder_depth, cfg.decoder_kernel, cfg.decoder_groups
     student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, head), cfg.decoder_dropout)
     init_weights(student)
@@ -254,7 +248,7 @@ def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True
 
 
 def groups(cfg, student):
-    """What the optimiser gets: 1.0 decays all weights (speech, text), 2.0 only matrices."""
+    """What the optimiser gets: 1.0 decays all weights, 2.0 spares 1-D ones (meant, not done, as released)."""
     if not cfg.masks:
         return student.parameters()
     parts = [[p for p in student.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]

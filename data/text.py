@@ -272,7 +272,7 @@ class FullBlocks:
     def __init__(self, corpus, max_tokens=512):
         self.corpus, self.room = corpus, max_tokens - 1
         self.ends = np.arange(len(corpus.bounds) - 1) + corpus.bounds[1:]  # of documents, in the stream
-        require(len(self), f"a text of {self.ends[-1] + 1} tokens does not fill one block of {max_tokens}")
+        require(len(self), f"--max_tokens {max_tokens}: the text has {self.ends[-1] + 1}, not one full block")
 
     def __len__(self):
         return int(self.ends[-1] + 1) // self.room

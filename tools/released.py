@@ -101,7 +101,7 @@ def rename(weights: dict, encoder: dict, head: dict, not_used: str, path) -> dic
         require(torch.is_tensor(tensor), f"{path}: {name} is no tensor but a {type(tensor).__name__}")
         if ours:
             new[re.sub(r"attn\.([qkv])\.bias", r"attn.\1_bias", ours)] = tensor.detach().float()
-    for name in {"encoder.embed.cls", "encoder.mask_embedding"} & new.keys():
+    for name in {"encoder.embed.cls", "encoder.embed.gain", "encoder.mask_embedding"} & new.keys():
         new[name] = new[name].flatten()
     for name in [name for name in new if name.endswith("attn.q.weight")]:
         parts = [name.replace("q.weight", f"{part}.weight") for part in "qkv"]
@@ -166,6 +166,16 @@ def options_of(file: dict) -> dict:
     return options | {f"encoder_{name}": value for name, value in encoder.items()}
 
 
+def norms_of(options: dict) -> dict:
+    """How the targets are normalised: each layer, and their mean."""
+    norms = {}
+    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
+        instance, layer = options.get(f"instance_{flag}"), options.get(f"layer_{flag}")
+        if instance is not None or layer is not None:
+            norms[ours] = "instance" if instance else "layer" if layer else "none"
+    return norms
+
+
 def read(file: dict, path) -> dict:
     """A file of the released kinds -> state, as convert.read describes it. Raises UserError."""
     tables = [file[name] for name in ("model", "module", "state_dict") if isinstance(file.get(name), dict)]
@@ -184,11 +194,7 @@ def read(file: dict, path) -> dict:
         for weights in filter(None, (student, teacher)):
             fold_pixels(weights, {"image_mean": 0.5, "image_std": 0.5})
     config = {ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options}
-    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
-        if f"layer_{flag}" in options:
-            instance, layer = options.get(f"instance_{flag}"), options[f"layer_{flag}"]
-            config[ours] = "instance" if instance else "layer" if layer else "none"
-    config |= {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
+    config |= norms_of(options) | {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
     task = "images" if kind == "vision" else "letters"
     classes = table(table(file.get("task_state")).get("target_dictionary")).get("symbols")
     state = {"student": student, "teacher": teacher, "config": config, "task": task, "classes": classes}
