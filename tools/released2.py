@@ -1,5 +1,6 @@
 """Released files of data2vec 2.0 (fairseq's .pt, pre-trained): their names and options become ours."""
 
+import math
 import re
 
 from common import require
@@ -67,5 +68,9 @@ def read(file, path):
         depth = sum(name.startswith("head.convs.") for name in student) // 2
         config |= {"decoder_depth": depth, "decoder_width": width, "decoder_kernel": kernel}
         config["decoder_groups"] = len(student["encoder.blocks.0.norm1.bias"]) // within
+    positions = weights.get(f"modality_encoders.{mode}.fixed_positional_encoder.positions")
+    if positions is not None:  # (1, side * side, D)
+        patch = student["encoder.embed.proj.weight"].shape[-1]
+        config["image_size"] = patch * math.isqrt(positions.shape[1])
     state = {"student": student, "teacher": teacher, "config": config, "notes": []}
     return complete(state | {"origin": f"released {kind} checkpoint of data2vec 2.0"}, path)
