@@ -79,6 +79,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
+    def split(self):  # options, and the words after --, which are another script's
+        at = [*sys.argv, "--"].index("--")
+        return self.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+
 
 def option(default, help, choices=None, min_=-math.inf, max_=math.inf):
     """A dataclass field that is a command-line option of the default's type (bool, int, float, str, list)."""

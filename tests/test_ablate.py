@@ -76,11 +76,9 @@ def test_the_report_and_wrong_input(tmp_path, monkeypatch):
         (["--metric", "wer"], "have loss, probe_end"),
         (["--values"], "--values: expected"),
         (["--option", "seed"], "--option seed: not an option"),
-        (["--option", "tau_0 tau_e"], "'1': give a value of each of tau_0, tau_e"),
+        (["--option", "tau_0 tau_e"], "'1': give one of each --option"),
         (["--values", "a b", "a_b"], "share a folder"),
-        (["--then", finetune.__file__, "--init x"], "--init: the grid"),
         (["--then", ablate.__file__], "ablate.py: not a train script"),
-        (["--", "--beta=1"], "--beta: the grid"),
     ):
         assert told in refused(call(ablate, *grid, *words), by="ablate.py: ", silent=True)
     pytest.importorskip("matplotlib", reason="requirements-dev.txt")

@@ -38,6 +38,7 @@ ELSEWHERE = {  # commands that another test runs
 }
 EXTRA = [  # the first pattern that matches a command says what is added to make it small
     (r"train_vision.py .*--help", ""),
+    (r"tools.bench", f"--updates 1 --rounds 1 -- {BRIEF} --global_batch 8"),
     (r"tools.ablate", f"{BRIEF} --data cifar10 --global_batch 8 --guard_after -1"),
     (r"train_vision.py --preset (base|large|large_phase2)", f"{BRIEF} {VIT}"),
     (r"train_vision.py", f"{BRIEF} --global_batch 8 --guard_after -1"),

@@ -6,7 +6,6 @@ are principal components (of what is visible in 2.0). Cosines are of predictions
 the token at the position, in all lines given, with the target nearest to the prediction.
 """
 
-import os
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,6 @@ from targets import top_k_average
 from tools import embed, plot
 
 DRAWN, COMPARED, GREY = 4, 200, 0.6  # inputs; lines of text, for the nearest tokens; colour of what is hidden
-SAME = ("patch", "image_size", "max_tokens")  # of networks side by side
-LOOK = {"font.size": 8, "text.parse_math": False, "image.interpolation": "nearest"}
-LOOK |= {"savefig.dpi": 100, "savefig.bbox": "tight"}
 
 
 def prepare(network, source, rng):
@@ -78,13 +74,13 @@ def draw_vision(figure, rows, networks, looks):
             shown += zip(titles, [*one.rgb.view(2, *grid, 3), one.cosine.view(grid)])
         for panel, (title, values) in zip(line, shown):
             drawn = panel.imshow(values.numpy(), vmin=0, vmax=1)
+            panel.set_title(title, fontsize=8)
             panel.set(xticks=[], yticks=[], facecolor="0.85")
-            panel.set_title(title if row is rows[0] or values.ndim == 2 else "")
     figure.colorbar(drawn, ax=panels, aspect=40, pad=0.01)
 
 
 def draw_speech(figure, rows, networks, looks):
-    strips = ["hidden", *(f"{part}, {n.name}" for n in networks for part in ("student", "teacher"))]
+    strips = [f"{part}, {network.name}" for network in networks for part in ("student", "teacher")]
     figure.set_size_inches(9, (2.8 + 0.15 * len(strips)) * len(rows))
     panels = figure.subplots(3 * len(rows), 1, height_ratios=[3, 3, len(strips) / 2] * len(rows))
     for row, (top, middle, bottom), ones in zip(rows, panels.reshape(-1, 3), zip(*looks)):
@@ -93,34 +89,31 @@ def draw_speech(figure, rows, networks, looks):
         power = np.log(np.abs(np.fft.rfft(row.x[0].unfold(0, 400, 160).numpy() * np.hanning(400))).T + 1e-5)
         top.imshow(power, "magma", vmin=power.max() - 8, origin="lower", aspect="auto", extent=(0, end, 0, 8))
         top.set(title=row.name, ylabel="kHz", xticks=[])
-        middle.fill_between(time, -1, 1, where=mask, step="mid", color="0.9")
+        middle.fill_between(time, -1, 1, where=mask, step="mid", color="0.9", label="hidden")
         for network, one in zip(networks, ones):
             middle.plot(time, one.cosine, ".-", markersize=3, label=f"{network.name}, mean {one.mean}")
         middle.set(ylabel="cosine", xlim=(0, end), ylim=(-0.5, 1), xticks=[])
-        middle.legend(loc="lower left", bbox_to_anchor=(0, 0.96), ncols=len(networks), frameon=False)
-        colors = [torch.where(mask, GREY, 1.0).expand(3, -1).T[None], *(one.rgb for one in ones)]
-        bottom.imshow(torch.cat(colors).numpy(), aspect="auto", extent=(0, len(mask) / 50, len(strips), 0))
+        middle.legend(loc="lower left", bbox_to_anchor=(0, 0.96), ncols=len(networks) + 1)
+        rgb = torch.cat([one.rgb for one in ones]).numpy()
+        bottom.imshow(rgb, aspect="auto", extent=(0, len(mask) / 50, len(strips), 0))
         bottom.set(yticks=np.arange(len(strips)) + 0.5, yticklabels=strips, xlim=(0, end), xlabel="seconds")
 
 
 def draw_text(figure, rows, networks, looks):
-    names = {i: repr(piece.decode(errors="replace"))[1:-1] for piece, i in networks[0].words.pieces.items()}
-    names |= {i: name for name, i in networks[0].words.special.items()}
-    names, page = {i: name.replace(" ", "·") for i, name in names.items()}, []
+    pieces, special = networks[0].words.pieces.items(), networks[0].words.special.items()
+    names = {i: repr(piece.decode(errors="replace"))[1:-1].replace(" ", "·") for piece, i in pieces}
+    names, page = names | {i: name for name, i in special}, []
     ids, banks = torch.cat([row.x[0] for row in rows]), [torch.cat([one.y for one in part]) for part in looks]
     for row, ones in zip(rows[:DRAWN], zip(*looks)):
-        x, seen, mask = (part[0].tolist() for part in (row.x, row.seen, row.mask))
+        x, seen, mask = row.x[0].tolist(), row.seen[0].tolist(), row.mask[0]
         line = "".join(f"[{names[i]}]" if hidden else names[i] for i, hidden in zip(x, mask))
-        page += [*textwrap.wrap(line.replace("[·", "·[").replace("·", " "), 28 + 40 * len(networks)), ""]
-        table = [f"{'hidden':14}{'student gets':14}"]
-        table += [f"{names[i]:14}{names[j]:14}" for i, j, hidden in zip(x, seen, mask) if hidden]
+        page += ["", "", *textwrap.wrap(line.replace("[·", "·[").replace("·", " "), 80)]
         for network, one, bank in zip(networks, ones, banks):
-            cells = [f"{network.name}: mean {one.mean}, nearest of {len(ids)}"]
+            page.append(f"\n{'hidden':14}{'seen':14}{network.name}: mean {one.mean}, nearest of {len(ids)}")
             order = (F.normalize(one.f) @ F.normalize(bank).T).argsort(dim=1, descending=True, stable=True)
-            for cosine, found in zip(one.cosine[row.mask[0]], ids[order].tolist()):
-                cells += [f"{cosine:5.2f}  " + "  ".join(names[i] for i in [*dict.fromkeys(found)][:3])]
-            table = [f"{line}{cell[:38]:40}" for line, cell in zip(table, cells)]
-        page += [*table, "", ""]
+            for t, found in zip(mask.nonzero()[:, 0].tolist(), ids[order].tolist()):
+                nearest = "  ".join(names[i] for i in [*dict.fromkeys(found)][:3])
+                page.append(f"{names[x[t]]:14}{names[seen[t]]:14}{one.cosine[t]:5.2f}  {nearest}")
     figure.text(0, 1, "\n".join(page), family="DejaVu Sans Mono", size=7, va="top")
 
 
@@ -129,25 +122,20 @@ def main():
     parser.add_argument("checkpoint", metavar="CKPT", help="of pre-training")
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help=f"the first {DRAWN} are drawn")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture, .png or .svg")
-    parser.add_argument("--beside", metavar="CKPT", action="append", default=[], help="or random: untrained")
+    parser.add_argument("--beside", action="append", default=[], choices=["random"], help="untrained")
     parser.add_argument("--seed", type=int, default=0, help="of masks and random weights")
     args = parser.parse_args()
-    networks = [embed.open_both(path, args.checkpoint, args.seed) for path in (args.checkpoint, *args.beside)]
-    same = {(n.kind, n.words and n.words.spell(), *map(vars(n.cfg).get, SAME)) for n in networks}
-    common.require(len(same) == 1, f"--beside: a network of other inputs than {args.checkpoint}")
-    rows, found, kind = [], [], networks[0].kind
-    for place in args.inputs:
-        line = kind == "text" and not place.endswith(".txt") and not os.path.isdir(place)
-        found += [place] if line else [source for _, source in embed.find(place, kind)]
-    found = [source for source in found if source.strip()][: COMPARED if kind == "text" else DRAWN]
+    networks = [embed.open_both(args.checkpoint, weights, args.seed) for weights in ("trained", *args.beside)]
+    kind = networks[0].kind
+    found = [source for place in args.inputs for _, source in embed.find(place, kind) if source.strip()]
+    found = found[: COMPARED if kind == "text" else DRAWN]
     common.require(found, f"{args.inputs[0]}: has no text")
-    for i, source in enumerate(found):
-        try:
-            rows.append(prepare(networks[0], source, np.random.default_rng([args.seed, i])))
-        except (images.BadImage, *audio.AUDIO_ERRORS) as error:
-            raise common.UserError(f"{source}: {error}") from None
+    try:
+        rows = [prepare(networks[0], x, np.random.default_rng([args.seed, i])) for i, x in enumerate(found)]
+    except (images.BadImage, *audio.AUDIO_ERRORS) as error:
+        raise common.UserError(f"{', '.join(found)}: {error}") from None
     looks = [look(network, rows) for network in networks]
-    with plot.figure(args.out, LOOK) as figure:
+    with plot.figure(args.out) as figure:
         {"vision": draw_vision, "speech": draw_speech, "text": draw_text}[kind](figure, rows, networks, looks)
     print(f"{args.out}: {min(len(rows), DRAWN)} inputs of {len(rows)}")
 

@@ -6,6 +6,7 @@ first to end - 1: one, with --pool none one for each patch (not the class token)
 """
 
 import glob
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,7 @@ def open_model(path):
     state, vocabulary = convert.read(path), None
     kind = convert.modality(state["config"])
     script = SCRIPTS[kind]
-    known = vars(script.Config()).keys() & state["config"].keys()
-    cfg = script.Config(**{name: state["config"][name] for name in known})
+    cfg = script.Config(**{k: v for k, v in state["config"].items() if k in vars(script.Config())})
     if kind == "text":
         common.require("vocabulary" in state, f"{path}: has no vocabulary; put its files beside it")
         vocabulary = text.Vocabulary.parse(state["vocabulary"])
@@ -40,37 +40,25 @@ def open_model(path):
     return kind, cfg, vocabulary, student, state
 
 
-def open_encoder(path, network, layer, device):
-    """-> kind, Config, Vocabulary or None, encoder that ends after block `layer` (None: the last)."""
-    kind, cfg, vocabulary, student, state = open_model(path)
-    common.require(layer is None or 0 <= layer <= cfg.depth, f"--layer {layer}: must be in 0 .. {cfg.depth}")
-    convert.load_encoder(student, state, path, network)
-    encoder = student.encoder.eval()
-    encoder.blocks, encoder.norm = encoder.blocks[:layer], torch.nn.Identity()
-    return kind, cfg, vocabulary, encoder.to(device)
-
-
-def open_both(path, sizes="", seed=0):
-    """-> name (of the folder), kind, cfg, words (Vocabulary or None), student and teacher, of pre-training.
-    path "random": random weights, drawn from the seed, of the sizes of the checkpoint `sizes`."""
+def open_both(path, weights="trained", seed=0):
+    """-> name (weights), kind, cfg, words (Vocabulary or None), student and teacher, of pre-training; their
+    weights are those of the checkpoint, or "random", drawn from the seed."""
     torch.manual_seed(seed)
-    source = sizes if path == "random" else path
-    kind, cfg, words, student, state = open_model(source)
+    kind, cfg, words, student, state = open_model(path)
     ready = state["teacher"] and "head" not in state["fresh"] and getattr(cfg, "objective", "") != "mlm"
-    common.require(ready, f"{source}: lacks a teacher or a head for its features; give one of data2vec")
-    common.check_sizes(cfg)
-    teacher, name = Teacher(student.encoder.eval(), window=cfg.window), Path(path).parent.name or path
-    if path != "random":
+    common.require(ready, f"{path}: lacks a teacher or a head for its features; give one of data2vec")
+    teacher = Teacher(student.encoder.eval(), window=cfg.window)
+    if weights == "trained":
         convert.load_encoder(student, state, path, head=True)
         convert.load_encoder(teacher, state, path, "teacher")
-    return SimpleNamespace(name=name, kind=kind, cfg=cfg, words=words, student=student, teacher=teacher)
+    return SimpleNamespace(name=weights, kind=kind, cfg=cfg, words=words, student=student, teacher=teacher)
 
 
 def find(place, kind):
-    """File or folder -> [(name, source), ...]; the source is a path, or a line of text."""
+    """File, folder or line of text -> [(name, source), ...]; the source is a path, or a line of text."""
     found = sorted(glob.glob(f"{glob.escape(place)}/**", recursive=True))
     paths = [path for path in found if path.lower().endswith(ENDINGS[kind])] or [place]
-    if kind == "text":
+    if kind == "text" and (os.path.exists(place) or place.endswith(".txt")):
         return [(f"{path}:{n}", line) for path in paths for n, line in enumerate(audio.read_lines(path), 1)]
     return [(re.sub("[\x00-\x1f\ud800-\udfff]", lambda c: repr(c[0])[1:-1], path), path) for path in paths]
 
@@ -92,7 +80,7 @@ def read(source, kind, cfg, vocabulary):
 def main():
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("inputs", metavar="INPUT", nargs="+", help="file or folder")
+    add("inputs", metavar="INPUT", nargs="+", help="file, folder or line of text")
     add("--init", metavar="CKPT", required=True, help="checkpoint, pre-trained or fine-tuned, or hub folder")
     add("--out", metavar="FILE.npy", type=Path, required=True, help="new array")
     add("--layer", type=int, help="from 1; 0: the embedding with positions; default: the last")
@@ -104,7 +92,11 @@ def main():
     new = args.out.parent.is_dir() and not args.out.exists() and args.out.suffix == ".npy"
     common.require(new, f"--out {args.out}: must be a new .npy file, in a folder that exists")
     _, _, device, autocast, _ = common.start_processes(args.device, args.dtype)
-    kind, cfg, vocabulary, encoder = open_encoder(args.init, args.network, args.layer, device)
+    kind, cfg, vocabulary, student, state = open_model(args.init)
+    common.require(args.layer in (None, *range(cfg.depth + 1)), f"--layer: must be in 0 .. {cfg.depth}")
+    convert.load_encoder(student, state, args.init, args.network)
+    encoder = student.encoder.eval().to(device)
+    encoder.blocks, encoder.norm = encoder.blocks[: args.layer], torch.nn.Identity()
     found = [pair for place in args.inputs for pair in find(place, kind)]
     rows, reasons = [torch.empty(0, encoder.dim)] * len(found), [""] * len(found)
     for i, (name, source) in enumerate(tqdm(found, disable=None)):

@@ -15,7 +15,7 @@ from tools.table import choose_keys, read_results
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
 STYLE = {"svg.hashsalt": "data2vec", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
-STYLE["savefig.dpi"] = 150
+STYLE |= {"savefig.dpi": 150, "savefig.bbox": "tight", "text.parse_math": False, "legend.frameon": False}
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -36,13 +36,13 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
 
 
 @contextmanager
-def figure(path: Path, look: dict | None = None):
+def figure(path: Path):
     """Yields an empty figure and then writes it. The same content gives the same file."""
     require(path.suffix in (".svg", ".png"), f"--out {path}: must end in .svg or .png")
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(["default", STYLE | (look or {})]):
+    with style.context(["default", STYLE]):
         drawn = Figure(layout="constrained")
         yield drawn
         undated = ("Date", "Creator") if path.suffix == ".svg" else ("Software",)
@@ -50,35 +50,20 @@ def figure(path: Path, look: dict | None = None):
             drawn.savefig(place, metadata=dict.fromkeys(undated))
 
 
-def draw(runs: dict[str, dict], keys: list[str], path: Path) -> None:
-    """One panel per key, four in a row; one line per run."""
-    columns = min(len(keys), 4)
-    rows = math.ceil(len(keys) / 4)
+def draw(runs: dict[str, dict], keys: list[str], path: Path, label: str = "step") -> None:
+    """One panel per key, four in a row; one line per run: {key: {x: value}}."""
+    columns, rows = min(len(keys), 4), math.ceil(len(keys) / 4)
     with figure(path) as page:
         page.set_size_inches(3.2 * columns, 2.5 * rows)
         for i, key in enumerate(keys):
             panel = page.add_subplot(rows, columns, i + 1)
             for name, curves in runs.items():
                 curve = curves.get(key, {})
-                marker = "." if len(curve) < 20 else ""
-                panel.plot(list(curve), list(curve.values()), marker=marker, label=name)
-            panel.set(title=key, xlabel="step")
-            panel.grid(alpha=0.3)
-        if len(runs) > 1:
-            handles = panel.get_legend_handles_labels()
-            page.legend(*handles, loc="outside lower center", ncols=columns + 1, frameon=False)
-
-
-def draw_points(tables: dict[str, dict], label: str, path: Path) -> None:
-    """One panel per metric: the mean of each setting, its std as a bar. tables: {metric: table.compare()}."""
-    with figure(path) as page:
-        page.set_size_inches(3.2 * len(tables), 2.5)
-        for panel, (key, rows) in zip(page.subplots(1, len(tables), squeeze=False)[0], tables.items()):
-            means, stds, *_ = zip(*rows.values())
-            panel.errorbar(range(len(rows)), means, stds, fmt="o", capsize=3)
-            panel.set_xticks(range(len(rows)), rows)
+                panel.plot([*curve], [*curve.values()], marker="." if len(curve) < 20 else "", label=name)
             panel.set(title=key, xlabel=label)
             panel.grid(alpha=0.3)
+        if len(runs) > 1:
+            page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns + 1)
 
 
 def main() -> None:

@@ -36,32 +36,25 @@ def cell(values: list[float]) -> str:
 
 
 def spread(values: list[float]) -> tuple[float, float, int]:
-    """Mean, sample standard deviation, count; nan: too few values."""
+    """Mean, sample standard deviation and count of the values that are not nan. nan: too few."""
+    values = [value for value in values if not math.isnan(value)]
     std = statistics.stdev(values) if len(values) > 1 else math.nan
     return statistics.fmean(values or [math.nan]), std, len(values)
 
 
-def compare(columns: dict[str, dict[int, float]]) -> dict[str, tuple]:
-    """{setting: {seed: value}} -> {setting: mean, std, n, difference, its standard error, pairs}.
-
-    The difference is to the first setting, a mean over the pairs: the seeds that both have. nan: too few.
-    """
-    first, rows = next(iter(columns.values())), {}
-    for setting, column in columns.items():
-        both = column.keys() & first.keys() if column is not first else ()
-        mean, std, pairs = spread([column[seed] - first[seed] for seed in both])
-        rows[setting] = *spread([*column.values()]), mean, std / math.sqrt(pairs or 1), pairs
-    return rows
-
-
-def comparison(label: str, key: str, rows: dict[str, tuple]) -> str:
-    """What compare() has found for a number, as a Markdown table."""
-    head = f"| {label} | {key} | std | n | difference to {next(iter(rows))} | standard error | pairs |"
-    lines = [head, "|---|" + "---:|" * 6]
-    for setting, row in rows.items():
-        cells = "{:.4f} | {:.4f} | {} | {:+.4f} | {:.4f} | {}".format(*row)
+def compare(label: str, key: str, runs: dict[str, dict]) -> str:
+    """{seed: {key: {setting: value, nan: none}}} -> a Markdown table, with the mean difference to the first
+    setting over the pairs, the seeds that have both."""
+    columns = [curves[key] for curves in runs.values()]
+    first = next(iter(columns[0]))
+    lines = [f"| {label} | {key} | std | n | difference to {first} | standard error | pairs |"]
+    for setting in columns[0]:
+        mean, std, n = spread([column[setting] for column in columns])
+        gains = [] if setting == first else [column[setting] - column[first] for column in columns]
+        gain, error, pairs = spread(gains)
+        cells = f"{mean:.4f} | {std:.4f} | {n} | {gain:+.4f} | {error / math.sqrt(pairs or 1):.4f} | {pairs}"
         lines.append(f"| {setting} | {cells.replace('+nan', '-').replace('nan', '-')} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([lines[0], "|---|" + "---:|" * 6, *lines[1:]]) + "\n"
 
 
 def main() -> None:
