@@ -329,8 +329,7 @@ def check_same_model(cfg, config, path):
         other = config.get(name, getattr(cfg, name))
         require(other == getattr(cfg, name), f"{path}: was trained with --{name} {other}; use the same")
     two = bool(config.get("masks"))
-    same = two == bool(getattr(cfg, "masks", two))
-    require(same, f"{path}: is of data2vec {'2.0; use' if two else '1.0; leave out'} --masks")
+    require(two == bool(getattr(cfg, "masks", two)), f"{path}: is{'' if two else ' not'} data2vec 2.0")
 
 
 def load_run(cfg, rank, student, teacher, optimizer, scaler):

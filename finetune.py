@@ -139,10 +139,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, pool_cls=False):
         super().__init__()
-        self.norm = nn.LayerNorm(
-            encoder.dim, eps=encoder.blocks[0].norm1.eps
-        )  # the encoder's own is not used
-        encoder.norm, encoder.mask_embedding = nn.Identity(), None
+        self.norm = nn.LayerNorm(encoder.dim, eps=encoder.blocks[0].norm1.eps)
+        encoder.norm, encoder.mask_embedding = nn.Identity(), None  # its own are not used
         self.encoder, self.pool_cls, self.out = encoder, pool_cls, nn.Linear(encoder.dim, classes)
         init_vision(self.out)
 
@@ -159,11 +157,8 @@ class SentenceClassifier(nn.Module):
 
     def __init__(self, encoder, classes, dropout=0.0, pool="first"):
         super().__init__()
-        self.encoder, self.dropout, self.scored = (
-            encoder,
-            nn.Dropout(dropout),
-            {"first": 1, "max": None}[pool],
-        )
+        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        self.scored = {"first": 1, "max": None}[pool]
         self.dense, self.out = nn.Linear(encoder.dim, encoder.dim), nn.Linear(encoder.dim, classes)
         for linear in (self.dense, self.out):
             nn.init.normal_(linear.weight, std=0.02)

@@ -123,8 +123,9 @@ class Encoder(nn.Module):
         x, valid = self.embed(input, lengths)
         return self.transform(x, mask, valid, window)
 
-    def hide(self, x, mask):
-        return torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+    def hide(self, x, mask):  # without such a vector (2.0, in fine-tuning): by noise
+        new = 0.01 * torch.randn_like(x) if self.mask_embedding is None else self.mask_embedding.to(x.dtype)
+        return torch.where(mask[..., None], new, x)
 
     def transform(self, x, mask=None, valid=None, window=0):
         """As forward, from the content x (B, T, D) on. The mask acts before positions are added."""
@@ -134,6 +135,7 @@ class Encoder(nn.Module):
         return self.run_blocks(x, self.limit(biases, x, valid, window))
 
     def limit(self, biases, x, valid, window):
+        """Biases that keep attention from padding and within the window."""
         if valid is None and not window:
             return biases
         near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None

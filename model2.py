@@ -41,20 +41,16 @@ class Encoder2(Encoder):
 
     embed    Patches, Waves or Tokens: as in model.Encoder, but with
                embed.place(x, mask, valid) -> x with positions, (B, T, D) or (B * M, T, D)
-               embed.distance_bias(places (R, V)) -> bias of attention logits, None or (R, heads, V, V)
     context  a LayerNorm before the blocks (images, speech; text only with prenet blocks)
     """
 
     def __init__(self, embed, dim, depth, *, prenet, context, eps, dropout, target="ffn", **block):
         block |= {"pre_norm": False, "eps": eps, "dropout": dropout, "target": target}
         super().__init__(embed, dim, depth, **block)
+        self.mask_embedding = None  # hidden positions never enter
         norm = nn.LayerNorm(dim, eps=eps) if context else nn.Identity()
         self.context = nn.ModuleDict({"norm": norm, "blocks": copy.deepcopy(self.blocks[:prenet])})
         self.dropout = nn.Dropout(dropout[0] if context else 0.0)
-
-    def hide(self, x, mask, noise=0.01):
-        """Noise at hidden positions, which stay: for the masks of fine-tuning."""
-        return torch.where(mask[..., None], noise * torch.randn_like(x), x)
 
     def transform(self, x, mask=None, valid=None, window=0):
         """Content x (B, T, D) -> features of visible positions (R, prefix + V, D), [a_1 .. a_L] (R, V, D);
@@ -66,7 +62,7 @@ class Encoder2(Encoder):
             rows = torch.arange(len(mask), device=x.device)[:, None]
             x = x[rows * len(x) // len(mask), places]
             valid = valid if valid is None else valid[rows * len(valid) // len(mask), places]
-        biases = [self.embed.distance_bias(places)]
+        biases = [self.embed.distance_bias(places) if isinstance(self.embed, Waves) else None]
         if self.prefix:
             x = torch.cat([self.embed.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         (bias,) = biases = self.limit(biases, x, valid, window)
@@ -138,17 +134,12 @@ def noise_of(masks, dim):
 class Patches(PatchEmbed):
     """Fixed sine and cosine positions, added to the patches alone; the class token is the extra token."""
 
-    mask_token = False  # hidden positions never enter
-
     def __init__(self, grid, patch, dim):
         super().__init__(grid, patch, dim, heads=0, relative=False)
         self.register_buffer("fixed", sin_cos(grid, dim), persistent=False)
 
     def place(self, x, mask, valid):
         return x + self.fixed.to(x.dtype)
-
-    def distance_bias(self, places):
-        return None
 
 
 def sin_cos(grid, dim):
@@ -161,8 +152,6 @@ def sin_cos(grid, dim):
 
 class Waves(WaveEmbed):
     """Position convolutions hear zeros at hidden steps; attention prefers the near, by a gain a head."""
-
-    mask_token = False
 
     def __init__(self, convs, dim, kernel, pos_depth, groups, heads, eps):
         super().__init__(convs, dim, kernel, pos_depth, groups, dropout=0.0, eps=eps)
@@ -201,9 +190,6 @@ class Tokens(TokenEmbed):
     def place(self, x, mask, valid):
         return x
 
-    def distance_bias(self, places):
-        return None
-
 
 def init_weights(student, std=0.02):
     """Normal(std) in Linear and Embedding, zero biases; torch's own in convolutions and the decoder's last
@@ -214,7 +200,7 @@ def init_weights(student, std=0.02):
     for m in student.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)) and m not in own:
             nn.init.normal_(m.weight, std=std)
-            if isinstance(m, nn.Linear) and m.bias is not None:
+            if getattr(m, "bias", None) is not None:
                 nn.init.zeros_(m.bias)
     if isinstance(embed, Patches):
         nn.init.xavier_uniform_(embed.proj.weight.data.flatten(1))
@@ -227,19 +213,16 @@ def init_weights(student, std=0.02):
             table.weight.data[embed.pad] = 0
 
 
-# ---- from the options of a train script
-
-
 def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True, head=1):
     """The student of these options, with random weights."""
-    for name, width in (("dim", cfg.dim), ("decoder_width", cfg.decoder_width)):
-        fits = width % cfg.decoder_groups == 0
-        require(fits, f"--{name} {width}: must be a multiple of --decoder_groups {cfg.decoder_groups}")
+    widths = f"--decoder_groups {cfg.decoder_groups}: must divide --dim and --decoder_width"
+    require(cfg.dim % cfg.decoder_groups == cfg.decoder_width % cfg.decoder_groups == 0, widths)
     require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
     for name, value in (("pad", False), ("objective", "data2vec"), ("deep_norm", False)):
         require(getattr(cfg, name, value) == value, f"--{name}: not with --masks, which is data2vec 2.0")
     options = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "eps": cfg.norm_eps}
-    options |= {"prenet": cfg.prenet, "context": context, "dropout": (cfg.dropout, cfg.attn_dropout, 0.0)}
+    options |= {"prenet": cfg.prenet, "context": context}
+    options["dropout"] = (cfg.dropout, cfg.attn_dropout, getattr(cfg, "ffn_dropout", 0.0))
     encoder = Encoder2(embed, cfg.dim, cfg.depth, layer_drop=layer_drop, drop_path=drop_path, **options)
     sizes = cfg.decoder_width, cfg.decoder_depth, cfg.decoder_kernel, cfg.decoder_groups
     student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, head), cfg.decoder_dropout)

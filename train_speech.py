@@ -111,16 +111,13 @@ PRESETS = {
         warmup=0.05, final_scale=0.0,
     ),
 }  # fmt: skip
-TWO = dict(
-    mask_p=0.5, mask_adjust=0.05, mask_span=5, decoder_kernel=7, schedule="cosine", final_scale=0.0,
-    share_positions=False,
-)  # fmt: skip
+TWO = dict(mask_p=0.5, mask_adjust=0.05, mask_span=5, decoder_kernel=7, schedule="cosine", final_scale=0.0)
 # data2vec 2.0. LibriSpeech, Libri-Light: paper 5.2, 3.5 WER with 960 h of labels, 4-gram; not run here
 PRESETS["smoke2"] = PRESETS["smoke"] | TWO | dict(masks=4, decoder_width=96)
 PRESETS["digits_2"] = PRESETS["digits"] | TWO | dict(masks=8, decoder_width=96, steps=12_000, batch_seconds=8)
 PRESETS["base2"] = BIG | BASE | TWO | dict(
     steps=400_000, batch_seconds=500, max_samples=1_000_000, masks=8, decoder_depth=4, decoder_width=384,
-    decoder_dropout=0.1, tau_e=0.99999, tau_n=75_000, lr=7.5e-4, warmup=0.02,
+    decoder_dropout=0.1, share_positions=False, tau_e=0.99999, tau_n=75_000, lr=7.5e-4, warmup=0.02,
 )  # fmt: skip
 PRESETS["large2"] = PRESETS["base2"] | dict(
     steps=600_000, batch_seconds=960, max_samples=320_000, masks=12, mask_p=0.55, mask_adjust=0.1, top_k=16,

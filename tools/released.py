@@ -166,16 +166,6 @@ def options_of(file: dict) -> dict:
     return options | {f"encoder_{name}": value for name, value in encoder.items()}
 
 
-def norms_of(options: dict) -> dict:
-    """How the targets are normalised: each layer, and their mean."""
-    norms = {}
-    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
-        instance, layer = options.get(f"instance_{flag}"), options.get(f"layer_{flag}")
-        if instance is not None or layer is not None:
-            norms[ours] = "instance" if instance else "layer" if layer else "none"
-    return norms
-
-
 def read(file: dict, path) -> dict:
     """A file of the released kinds -> state, as convert.read describes it. Raises UserError."""
     tables = [file[name] for name in ("model", "module", "state_dict") if isinstance(file.get(name), dict)]
@@ -194,7 +184,11 @@ def read(file: dict, path) -> dict:
         for weights in filter(None, (student, teacher)):
             fold_pixels(weights, {"image_mean": 0.5, "image_std": 0.5})
     config = {ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options}
-    config |= norms_of(options) | {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
+    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
+        if f"layer_{flag}" in options:
+            instance, layer = options.get(f"instance_{flag}"), options[f"layer_{flag}"]
+            config[ours] = "instance" if instance else "layer" if layer else "none"
+    config |= {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
     task = "images" if kind == "vision" else "letters"
     classes = table(table(file.get("task_state")).get("target_dictionary")).get("symbols")
     state = {"student": student, "teacher": teacher, "config": config, "task": task, "classes": classes}

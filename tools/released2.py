@@ -4,7 +4,7 @@ import math
 import re
 
 from common import require
-from tools.released import VISION, complete, norms_of, options_of, rename, table
+from tools.released import VISION, complete, options_of, rename, table
 
 # names: theirs -> ours, as in released.py
 BLOCKS = {theirs: ours for theirs, ours in VISION.items() if theirs.startswith("blocks.")}
@@ -17,17 +17,14 @@ ENCODER = BLOCKS | {f"context_encoder.{theirs}": f"context.{ours}" for theirs, o
     "local_encoder.layernorm_embedding": "embed.norm",
 }  # fmt: skip
 HEAD = {"decoder.blocks.{}.0": "head.convs.{}"} | {f"decoder.proj{n}": f"head.head{n}" for n in ("", ".{}")}
-NOT_USED = r"fixed_positional_encoder\.positions"  # they follow from the sizes
-OPTIONS = {
-    "num_heads": "heads", "norm_eps": "norm_eps", "clone_batch": "masks", "mask_prob_adjust": "mask_adjust",
-    "average_top_k_layers": "top_k", "loss_beta": "beta",
+OPTIONS = {  # ours: theirs
+    "heads": "num_heads", "norm_eps": "norm_eps", "top_k": "average_top_k_layers", "beta": "loss_beta",
+    "masks": "clone_batch", "mask_ratio": "mask_prob", "mask_p": "mask_prob", "mask_block": "mask_length",
+    "mask_span": "mask_length", "mask_adjust": "mask_prob_adjust",
 }  # fmt: skip
-SPANS = OPTIONS | {"mask_prob": "mask_p", "mask_length": "mask_span"}
-KINDS = {  # modality; options; what the teacher has of the student
-    "IMAGE": ("vision", OPTIONS | {"mask_prob": "mask_ratio", "mask_length": "mask_block"}, ()),
-    "AUDIO": ("speech", SPANS, ("encoder.embed.content.",)),
-    "TEXT": ("text", SPANS, ("encoder.embed.", "encoder.context.")),
-}
+SHARED = {  # what the teacher has of the student
+    "IMAGE": (), "AUDIO": ("encoder.embed.content.",), "TEXT": ("encoder.embed.", "encoder.context."),
+}  # fmt: skip
 
 
 def our_names(weights, path="released checkpoint"):
@@ -39,7 +36,7 @@ def our_names(weights, path="released checkpoint"):
         name = name.replace("project_features.", "project_features_")  # .1 a LayerNorm, .2 a Linear
         name = re.sub(r"(?<=relative_positional_encoder\.)\d+", lambda n: f"{int(n[0]) - 1}", name)  # from 1
         plain[name] = tensor
-    ours = rename(plain, ENCODER, HEAD, NOT_USED, path)
+    ours = rename(plain, ENCODER, HEAD, r"fixed_positional_encoder\.positions", path)
     for name in [name for name in ours if name.endswith("qkv.bias")]:
         for part, bias in zip("qkv", ours.pop(name).chunk(3)):
             ours[name.replace("qkv.bias", f"{part}_bias")] = bias
@@ -51,18 +48,20 @@ def read(file, path):
     weights = dict(file["model"])
     ema, first = weights.pop("_ema", None), next(name for name in weights if name.startswith("modality_enc"))
     mode = first.split(".")[1]
-    require(mode in KINDS, f"{path}: a model of {mode}; only {', '.join(KINDS)} can be read")
-    kind, names, borrowed = KINDS[mode]
+    require(mode in SHARED, f"{path}: a model of {mode}; only {', '.join(SHARED)} can be read")
     student, teacher = our_names(weights, path), None
     if ema:
-        shared = {name: tensor for name, tensor in student.items() if name.startswith(borrowed)}
+        shared = {name: tensor for name, tensor in student.items() if name.startswith(SHARED[mode])}
         teacher = shared | our_names(ema, path)
     options = options_of(file)
     options |= table(table(options.get("modalities")).get(mode.lower()))
-    config = {"masks": 1, "target": "ffn", "norm_eps": 1e-6 if kind == "vision" else 1e-5}
-    config |= {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    config = {"masks": 1, "target": "ffn", "norm_eps": 1e-6 if mode == "IMAGE" else 1e-5}
+    config |= {ours: options[theirs] for ours, theirs in OPTIONS.items() if theirs in options}
+    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
+        found = [norm for norm in ("instance", "layer") if options.get(f"{norm}_{flag}")]
+        config[ours] = (found or ["none"])[0]
     prenet = {name.split(".")[3] for name in student if name.startswith("encoder.context.blocks.")}
-    config |= norms_of(options) | {"prenet": len(prenet)}
+    config["prenet"] = len(prenet)
     if "head.convs.0.weight" in student:
         width, within, *_, kernel = student["head.convs.0.weight"].shape
         depth = sum(name.startswith("head.convs.") for name in student) // 2
@@ -73,4 +72,4 @@ def read(file, path):
         patch = student["encoder.embed.proj.weight"].shape[-1]
         config["image_size"] = patch * math.isqrt(positions.shape[1])
     state = {"student": student, "teacher": teacher, "config": config, "notes": []}
-    return complete(state | {"origin": f"released {kind} checkpoint of data2vec 2.0"}, path)
+    return complete(state | {"origin": f"released checkpoint of data2vec 2.0, {mode}"}, path)
