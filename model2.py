@@ -111,20 +111,21 @@ class Student2(nn.Module):
     def forward(self, input, mask, lengths=None):
         """input, mask (B * M, T) -> f (N, D) at hidden positions, content x (B, T, D), valid."""
         x, valid = self.encoder.embed(input, lengths)
+        noise = self.noise * noise_of(mask, len(x), self.encoder.dim)
         h, _ = self.encoder.transform(x, mask, valid)
         self.cls = h[:, 0] if self.encoder.prefix else None
-        y = self.noise * noise_of(mask.chunk(len(x)), h.shape[-1]).to(h.dtype)
+        y = noise.to(h.dtype)
         y[~mask] = self.dropout(h[:, self.encoder.prefix :]).flatten(0, 1)
         return self.head(y)[mask], x.detach(), valid
 
 
-def noise_of(masks, dim):
+def noise_of(mask, samples, dim):
     """Standard normal (B * M, T, D), a function of each sample's masks (M, T), which are new at each step: so
     any number of processes draw the same, and so does a step that is done again after an overflow."""
-    generator, noise = torch.Generator(masks[0].device), []
-    for mask in masks:
-        generator.manual_seed(zlib.crc32(mask.cpu().numpy().tobytes()))
-        noise.append(torch.randn(*mask.shape, dim, generator=generator, device=mask.device))
+    generator, noise = torch.Generator(mask.device), []
+    for part in mask.cpu().chunk(samples):
+        generator.manual_seed(zlib.crc32(part.numpy().tobytes()))
+        noise.append(torch.randn(*part.shape, dim, generator=generator, device=mask.device))
     return torch.cat(noise)
 
 

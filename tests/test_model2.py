@@ -74,10 +74,10 @@ def test_the_masks_of_a_sample_differ_and_so_does_their_noise(kind):
     """It is that of the masks: the same for a sample on its own."""
     _, student, x, mask = made(kind)
     assert len({tuple(row.tolist()) for row in mask}) == len(mask)
-    rows = torch.cat([model2.noise_of(masks.chunk(2), 16) for masks in (mask, mask.flip(1))])
+    rows = torch.cat([model2.noise_of(masks, 2, 16) for masks in (mask, mask.flip(1))])
     assert rows.shape == (12, mask.shape[1], 16) and len(rows.flatten().unique()) > 0.99 * rows.numel()
     assert abs(rows.mean()) < 0.05 and abs(rows.std() - 1) < 0.05
-    assert torch.equal(model2.noise_of([mask[3:]], 16), rows[3:6])
+    assert torch.equal(model2.noise_of(mask[3:], 1, 16), rows[3:6])
     both, alone = student(x, mask)[0], student(x[1:], mask[3:])[0]
     torch.testing.assert_close(both[mask[:3].sum() :], alone)
 

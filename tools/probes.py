@@ -29,7 +29,10 @@ class Probe:
 
     def load(self, dataset, keys):
         batches = self.log.watch(loader(dataset, keys, self.cfg.workers, self.device))
-        return [to_device(batch, self.device) for batch in batches]
+        batches, masks = [to_device(batch, self.device) for batch in batches], max(1, self.cfg.masks)
+        for batch in batches:  # 2.0: one mask of each sample
+            batch["mask"] = batch["mask"].flatten(0, -2)[::masks]
+        return batches
 
     @torch.no_grad()
     def __call__(self, student, teacher):
@@ -48,9 +51,7 @@ class Probe:
         """-> f (M, D), y (B, T, D), mask (B, T)."""
         with self.autocast:
             f, layers = self.forward(student, teacher, batch)
-        y = top_k_average(layers, self.cfg.top_k, self.cfg.norm, self.cfg.final_norm)
-        mask = batch["mask"].flatten(0, -2)
-        return f, y.repeat_interleave(len(mask) // len(y), dim=0), mask
+        return f, top_k_average(layers, self.cfg.top_k, self.cfg.norm, self.cfg.final_norm), batch["mask"]
 
     def encode(self, encoder, source, lengths=None):
         with self.autocast:
@@ -87,7 +88,7 @@ class ImageProbe(Probe):
 
     def forward(self, student, teacher, batch):
         view = images.normalise(batch["images"])
-        f, _, _ = student(view, batch["mask"].flatten(0, -2))
+        f, _, _ = student(view, batch["mask"])
         return f, teacher(view)
 
     def features(self, encoder):
@@ -168,11 +169,11 @@ class TextProbe(Probe):
         if self.cfg.masks:  # 2.0's encoder never sees a hidden position: what the decoder says of it
             scores["probe"] = self.probe(lambda batch: self.step(student, teacher, batch)[0])
         steps = ((self.step(student, teacher, batch), batch["tokens"]) for batch in self.held_out)
-        targets = ((y[:: len(y) // len(tokens)], tokens != text.PAD) for (_, y, _), tokens in steps)
+        targets = ((y, tokens != text.PAD) for (_, y, _), tokens in steps)
         return scores | {"position_r2": position_r2(targets, self.cfg.max_tokens)}
 
     def forward(self, student, teacher, batch):
-        f, x, valid = student(batch["corrupted"], batch["mask"].flatten(0, -2))
+        f, x, valid = student(batch["corrupted"], batch["mask"])
         return f, teacher.from_embedded(x, valid) if self.cfg.masks else teacher(batch["tokens"])
 
     def features(self, encoder):
@@ -190,10 +191,8 @@ class TextProbe(Probe):
 
     def selected(self, features, batches):
         """-> features (N, D) of the selected tokens, their ids (N,)."""
-        ids = []
-        for tokens, mask in [(batch["tokens"], batch["mask"].flatten(0, -2)) for batch in batches]:
-            ids.append(tokens.repeat_interleave(len(mask) // len(tokens), dim=0)[mask])
-        return torch.cat([features(batch).float() for batch in batches]), torch.cat(ids)
+        x = [features(batch).float() for batch in batches]
+        return torch.cat(x), torch.cat([batch["tokens"][batch["mask"]] for batch in batches])
 
 
 def explained_variance(batches, by_position):
