@@ -328,6 +328,8 @@ def check_same_model(cfg, config, path):
     for name in [name for name in ("heads", "norm_eps", "deep_norm", "objective") if hasattr(cfg, name)]:
         other = config.get(name, getattr(cfg, name))
         require(other == getattr(cfg, name), f"{path}: was trained with --{name} {other}; use the same")
+    two = bool(config.get("masks"))
+    require(two == bool(getattr(cfg, "masks", two)), f"{path}: is{'' if two else ' not'} data2vec 2.0")
 
 
 def load_run(cfg, rank, student, teacher, optimizer, scaler):

@@ -139,8 +139,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, pool_cls=False):
         super().__init__()
-        self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm.eps)  # the encoder's own is not used
-        encoder.norm, encoder.mask_embedding = nn.Identity(), None
+        self.norm = nn.LayerNorm(encoder.dim, eps=encoder.blocks[0].norm1.eps)
+        encoder.norm, encoder.mask_embedding = nn.Identity(), None  # its own are not used
         self.encoder, self.pool_cls, self.out = encoder, pool_cls, nn.Linear(encoder.dim, classes)
         init_vision(self.out)
 
@@ -157,11 +157,8 @@ class SentenceClassifier(nn.Module):
 
     def __init__(self, encoder, classes, dropout=0.0, pool="first"):
         super().__init__()
-        self.encoder, self.dropout, self.scored = (
-            encoder,
-            nn.Dropout(dropout),
-            {"first": 1, "max": None}[pool],
-        )
+        self.encoder, self.dropout = encoder, nn.Dropout(dropout)
+        self.scored = {"first": 1, "max": None}[pool]
         self.dense, self.out = nn.Linear(encoder.dim, encoder.dim), nn.Linear(encoder.dim, classes)
         for linear in (self.dense, self.out):
             nn.init.normal_(linear.weight, std=0.02)
@@ -188,7 +185,7 @@ class FrameClassifier(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x, valid = self.encoder.embed(waves, samples)
             if mask is not None:
-                x = torch.where(mask[..., None], self.encoder.mask_embedding.to(x.dtype), x)
+                x = self.encoder.hide(x, mask)
             if channels is not None:
                 x = x.masked_fill(channels[:, None], 0)
             features, _ = self.encoder.transform(x, None, valid)

@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     target       which output is a_l: "block" (after the last residual, and norm if post-norm), "ffn" (before
                  the residual), "ffn_residual" (after it, before the norm) or "attention"
-    drop_path    pre-norm: probability of skipping a branch, per sample
+    drop_path    probability of skipping a branch, per sample
     layer_scale  pre-norm: initial gain of both branches, 0 for none (ViT-B 1e-4, ViT-L 1e-5)
     alpha        post-norm: residual gain of DeepNorm, (2L)^(1/4); 1: none
     dropout      of both branches, of the attention weights, inside the FFN
@@ -86,9 +86,9 @@ class Block(nn.Module):
             x = residual = x + self.dropout(ffn)
         else:
             attention = self.attn(x, bias)
-            x = self.norm1(self.alpha * x + self.dropout(attention))
+            x = self.norm1(self.alpha * x + self.dropout(self.branch(attention, None)))
             ffn = self.ffn(x)
-            residual = self.alpha * x + self.dropout(ffn)
+            residual = self.alpha * x + self.dropout(self.branch(ffn, None))
             x = self.norm2(residual)
         return x, {"block": x, "ffn": ffn, "ffn_residual": residual, "attention": attention}[self.target]
 
@@ -123,14 +123,25 @@ class Encoder(nn.Module):
         x, valid = self.embed(input, lengths)
         return self.transform(x, mask, valid, window)
 
+    def hide(self, x, mask):  # without such a vector (2.0, in fine-tuning): by noise
+        new = 0.01 * torch.randn_like(x) if self.mask_embedding is None else self.mask_embedding.to(x.dtype)
+        return torch.where(mask[..., None], new, x)
+
     def transform(self, x, mask=None, valid=None, window=0):
         """As forward, from the content x (B, T, D) on. The mask acts before positions are added."""
         if mask is not None and self.mask_embedding is not None:
-            x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
+            x = self.hide(x, mask)
         x, biases = self.embed.add_positions(x, valid)
-        if valid is not None or window:
-            near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
-            biases = [attention_mask(bias, valid, near, self.prefix) for bias in biases]
+        return self.run_blocks(x, self.limit(biases, x, valid, window))
+
+    def limit(self, biases, x, valid, window):
+        """Biases that keep attention from padding and within the window."""
+        if valid is None and not window:
+            return biases
+        near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
+        return [attention_mask(bias, valid, near, self.prefix) for bias in biases]
+
+    def run_blocks(self, x, biases):
         layers = []
         for l, block in enumerate(self.blocks):
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
@@ -253,11 +264,13 @@ class WaveEmbed(nn.Module):
     def add_positions(self, x, valid=None):
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)  # padding is zeroed once, as in fairseq
-        y = x
+        return self.dropout(self.norm(x + self.position(x))), [None]
+
+    def position(self, x):
         for conv in self.positions:
-            y = convolve(conv, y)[:, : x.shape[1]]  # an even kernel gives one too many
-            y = gelu(F.layer_norm(y, x.shape[-1:]))
-        return self.dropout(self.norm(x + y)), [None]
+            y = convolve(conv, x)[:, : x.shape[1]]  # an even kernel gives one too many
+            x = gelu(F.layer_norm(y, y.shape[-1:]))
+        return x
 
 
 def convolve(conv, x):

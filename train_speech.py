@@ -13,10 +13,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import model2
 from common import RunConfig, due, option
 from data import audio
 from data.sampling import loader
-from masking import span_mask
+from masking import exact_blocks, span_mask
 from model import Encoder, Student, Teacher, WaveEmbed, init_post_norm
 from targets import NORMS, feature_std, regression_loss, tau_at, top_k_average
 from tools import convert, probes
@@ -25,7 +26,7 @@ CONVS = ((10, 5),) + 4 * ((3, 2),) + 2 * ((2, 2),)  # kernel, stride: 16,000 sam
 
 
 @dataclass
-class Config(RunConfig):
+class Config(model2.Options2, RunConfig):
     train: list = option([], "splits of --data to train on; default: train, train-*, train.tsv or all")
     valid: list = option([], "held-out splits; default: dev, valid, val or every 20th utterance")
     init_teacher: str = option("teacher", "network of --init to start from", ("teacher", "student"))
@@ -110,6 +111,19 @@ PRESETS = {
         warmup=0.05, final_scale=0.0,
     ),
 }  # fmt: skip
+TWO = dict(mask_p=0.5, mask_adjust=0.05, mask_span=5, decoder_kernel=7, schedule="cosine", final_scale=0.0)
+# data2vec 2.0. LibriSpeech, Libri-Light: paper 5.2, 3.5 WER with 960 h of labels, 4-gram; not run here
+PRESETS["smoke2"] = PRESETS["smoke"] | TWO | dict(masks=4, decoder_width=96)
+PRESETS["digits_2"] = PRESETS["digits"] | TWO | dict(masks=8, decoder_width=96, steps=12_000, batch_seconds=8)
+PRESETS["base2"] = BIG | BASE | TWO | dict(
+    steps=400_000, batch_seconds=500, max_samples=1_000_000, masks=8, decoder_depth=4, decoder_width=384,
+    decoder_dropout=0.1, share_positions=False, tau_e=0.99999, tau_n=75_000, lr=7.5e-4, warmup=0.02,
+)  # fmt: skip
+PRESETS["large2"] = PRESETS["base2"] | dict(
+    steps=600_000, batch_seconds=960, max_samples=320_000, masks=12, mask_p=0.55, mask_adjust=0.1, top_k=16,
+    dim=1024, depth=16, prenet=8, heads=16, ffn=4096, layer_drop=0.0, decoder_width=768, tau_0=0.9997,
+    tau_e=1.0, tau_n=300_000, lr=4e-4, warmup=1 / 60, clip=1.0,
+)  # fmt: skip
 
 
 def build(cfg: Config) -> Student:
@@ -117,6 +131,9 @@ def build(cfg: Config) -> Student:
     common.require(cfg.dim % cfg.pos_groups == 0, f"--dim {cfg.dim}: must be a multiple of {cfg.pos_groups}")
     convs = [(cfg.channels, kernel, stride) for kernel, stride in CONVS]
     kernel = max(3, cfg.pos_width // cfg.pos_depth)
+    if cfg.masks:
+        stack = kernel, cfg.pos_depth, cfg.pos_groups, cfg.heads, cfg.norm_eps
+        return model2.build(cfg, model2.Waves(convs, cfg.dim, *stack), layer_drop=cfg.layer_drop)
     embed = WaveEmbed(convs, cfg.dim, kernel, cfg.pos_depth, cfg.pos_groups, cfg.dropout, cfg.norm_eps)
     block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "deep_norm": cfg.deep_norm}
     block |= {"dropout": (cfg.dropout, cfg.attn_dropout, cfg.ffn_dropout), "layer_drop": cfg.layer_drop}
@@ -129,9 +146,12 @@ def build(cfg: Config) -> Student:
 
 
 def draw_mask(cfg: Config, lengths, rng):
-    """lengths (B,) in samples -> (B, T) bool."""
+    """lengths (B,) in samples -> (B, T) bool; 2.0: (B * M, T)."""
     for kernel, stride in CONVS:
         lengths = (lengths - kernel) // stride + 1
+    if cfg.masks:
+        rows, steps = len(lengths) * cfg.masks, int(lengths.max())
+        return exact_blocks(rows, (steps,), cfg.mask_p, cfg.mask_adjust, cfg.mask_span, rng)
     return span_mask(lengths.numpy(), cfg.mask_p, cfg.mask_span, rng, equal=not cfg.pad)
 
 
@@ -158,7 +178,7 @@ def main():
     shared = ("embed.content", "embed.positions") if cfg.share_positions else ("embed.content",)
     teacher = Teacher(student.encoder, shared, cfg.window)
     betas, decay = (0.9, cfg.beta2), cfg.weight_decay
-    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr, betas, 1e-6, decay, fused=True)
+    optimizer = torch.optim.AdamW(model2.groups(cfg, student), cfg.lr, betas, 1e-6, decay, fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and layer drop differ between processes
     step = common.load_run(cfg, rank, student, teacher, optimizer, scaler)["step"]
     if cfg.init and step == 0:
@@ -185,7 +205,8 @@ def main():
     while step < cfg.steps:
         step += 1
         lr, tau = common.lr_at(step, cfg), tau_at(step, cfg.tau_0, cfg.tau_e, cfg.tau_n)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         micro_batches = [common.to_device(next(loaded), device) for _ in range(accumulation)]
         counts = [torch.stack([batch["mask"].sum(), batch["lengths"].sum()]) for batch in micro_batches]
         num_masked, samples = common.all_reduce(sum(counts))
@@ -195,9 +216,10 @@ def main():
             ddp.require_backward_grad_sync = i == accumulation - 1
             # ---- data2vec (mask: drawn with the batch; both networks use the content x (B, T, D))
             with autocast:
-                f, x, valid_frames = ddp(wave, mask, lengths)  # f (M, D), from the visible frames
+                f, x, valid_frames = ddp(wave, mask, lengths)  # f (N, D), from the visible frames
                 layers = teacher.from_embedded(x, valid_frames)
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D), of all frames
+                y = y.repeat_interleave(len(mask) // len(y), dim=0)  # 2.0: M masks of a recording
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=cfg.dim**-0.5) / num_masked
             scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()

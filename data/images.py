@@ -192,7 +192,7 @@ def rand_augment(img, n_ops, magnitude, magnitude_std, rng):
 class Views(torch.utils.data.Dataset):
     """views[[(epoch, index), ...]] -> {"images": (B, 3, H, W) uint8, "mask": (B, T) bool, True = hidden,
     "labels": (B,) int64, "skipped": ["file: reason"]}; each view depends on (seed, epoch, index) alone.
-    transform(img, rng) -> PIL, draw_mask(rng) -> (T,); without draw_mask T = 0. An image that cannot be
+    transform(img, rng) -> PIL, draw_mask(rng) -> (T,), or (M, T); without it T = 0. An image that cannot be
     decoded is replaced by the next one, or dropped."""
 
     def __init__(self, images, transform, seed, draw_mask=None, replace=True):

@@ -265,6 +265,27 @@ class Blocks:
         return np.concatenate([[BOS], np.insert(ids, ends, EOS)])
 
 
+class FullBlocks:
+    """A corpus as blocks of exactly max_tokens: <s>, then the stream of documents, each followed by </s>,
+    without regard to where they end (data2vec 2.0). What is left at the end is not used."""
+
+    def __init__(self, corpus, max_tokens=512):
+        self.corpus, self.room = corpus, max_tokens - 1
+        self.ends = np.arange(len(corpus.bounds) - 1) + corpus.bounds[1:]  # of documents, in the stream
+        require(len(self), f"--max_tokens {max_tokens}: the text has {self.ends[-1] + 1}, not one full block")
+
+    def __len__(self):
+        return int(self.ends[-1] + 1) // self.room
+
+    def load(self, i):
+        """-> (max_tokens,) int64."""
+        start, end = i * self.room, (i + 1) * self.room
+        first, last = np.searchsorted(self.ends, [start, end])
+        ids = self.corpus.tokens[start - first : end - last].astype(np.int64)
+        places = self.ends[first:last] - np.arange(first, last) - (start - first)
+        return np.concatenate([[BOS], np.insert(ids, places, EOS)])
+
+
 class Batches:
     """batches[[(epoch, index), ...]] -> {tokens, corrupted (B, T) int64, padded; mask (B, T), True = scored}.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import train_speech
 from data import text
 from finetune import Classifier, FrameClassifier, SentenceClassifier
 from tests.helpers import SCRIPTS
@@ -15,6 +16,7 @@ from tools import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = {"vision": "vision", "speech": "audio_averaged_positions", "text": "text_tied"}
+NAMES2 = {"vision2": "images_base", "speech2": "audio_base", "text2": "text_base"}
 HEADS = {"vision": Classifier, "speech": FrameClassifier, "text": SentenceClassifier}
 
 
@@ -32,8 +34,23 @@ def options(file):
     return rest | {"transformer": {"encoder": encoder, "decoder": {"attention_heads": 99}}}
 
 
+def released2(kind):
+    """A golden file of data2vec 2.0 likewise; of speech with as many convolutions as the released one."""
+    file = torch.load(GOLDEN.parent / "golden2" / f"{NAMES2[kind]}.pt", weights_only=True)
+    model, options = file["model"] | {"_ema": file["ema"]}, file["config"]
+    for i, (kernel, _) in enumerate(train_speech.CONVS if kind == "speech2" else ()):
+        stem = f"modality_encoders.AUDIO.local_encoder.conv_layers.{i}"
+        model[f"{stem}.0.weight"] = torch.randn(12, 12 if i else 1, kernel) / kernel
+        model |= {f"{stem}.2.1.{part}": torch.randn(12) for part in ("weight", "bias")}
+    parts = {"decoder": {name: value for name, value in options.items() if name.startswith("decoder_")}}
+    parts |= {name: options.pop(name) for name in ("mask_prob", "mask_prob_adjust", "mask_length")}
+    return {"cfg": {"model": options | {"modalities": {options["modality"]: parts}}}, "model": model}, file
+
+
 def released(kind, form="cfg", name=None):
     """A golden file in one of the forms of the released ones."""
+    if kind in NAMES2:
+        return released2(kind)[0]
     file = golden(name or NAMES[kind])
     model, ema = file["model"], file["ema"]
     if form == "half":

@@ -65,16 +65,17 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data):
-    """{vision, speech, text: folder of a finished run, with its output beside it}. Tests go on in a copy."""
+    """{vision, speech, text, vision2, ..: folder of a finished run, its output beside it}. Tests copy it."""
     folders = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "fit_ctc", partial(probes.fit_ctc, steps=20))
-        for kind, source in (("vision", "vision"), ("speech", "letters"), ("text", "text")):
+        for kind, script in helpers.RUNS.items():
             folders[kind] = out = tmp_path_factory.mktemp("finished") / kind
-            flags = "--data", data / source, "--out", out, "--steps", 12, "--log_every", 3, "--probe_every", 6
-            printed = helpers.done(helpers.call(helpers.SCRIPTS[kind], *helpers.TINY[kind], *flags))
+            source = data / {"speech": "letters"}.get(kind.rstrip("2"), kind.rstrip("2"))
+            flags = "--data", source, "--out", out, "--steps", 12, "--log_every", 3, "--probe_every", 6
+            printed = helpers.done(helpers.call(script, *helpers.TINY[kind], *flags))
             out.with_suffix(".txt").write_text(printed)
     torch.set_num_threads(threads)
     return folders

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ import train_vision
 # ---- tiny models and data --------------------------------------------------------------------------------
 
 SCRIPTS = {"vision": train_vision, "speech": train_speech, "text": train_text}
+RUNS = SCRIPTS | {f"{kind}2": script for kind, script in SCRIPTS.items()}  # of data2vec 2.0
 DAMAGED = {
     "vision": ["train/cat/04.png"],
     "speech": ["train/0/7/0-7-0004.flac", "dev/0/7/none.flac"],
@@ -40,6 +42,13 @@ TINY = {  # an update is two micro-batches, which hide different numbers of posi
         --share_positions true""",
     "text": "--max_tokens 32 --global_batch 8 --micro_batch 4 --share_embedding true",
 }
+TWO = {  # the same as runs of data2vec 2.0
+    "vision": "--mask_adjust 0.07 --mask_block 2 --target ffn --norm instance --beta 0",
+    "speech": "--mask_p 0.5 --mask_adjust 0.05 --mask_span 5 --share_positions false",
+    "text": "--mask_p 0.48 --norm instance --beta 0",
+}
+MODEL2 = "--masks 3 --prenet 1 --decoder_depth 2 --decoder_width 16"
+TINY |= {f"{kind}2": f"{TINY[kind]} {MODEL2} {flags}" for kind, flags in TWO.items()}
 TINY = {kind: f"{FAST} {MODEL} --steps 4 --lr 2e-3 --clip 0 {flags}".split() for kind, flags in TINY.items()}
 
 
@@ -137,6 +146,7 @@ def _run(name, argv, log, env, prepare):
     os.environ.update(env)
     reset_signals()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Grad strides")  # of convolutions with one channel a group
     sys.argv = argv
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  until the process ends
     if prepare:

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import SCRIPTS, assert_same, call, checkpoint, done, refused
+from tests.helpers import RUNS, assert_same, call, checkpoint, done, refused
 from tools import draw, embed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("matplotlib", reason="requirements-dev.txt")
-KINDS, LINE = ["vision", "speech", "text"], "abc def $gab$ ha bed fed."
+KINDS, LINE = [*RUNS], "abc def $gab$ ha bed fed."
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def inputs(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_picture_has_content_and_is_the_same_each_time(kind, finished, inputs, tmp_path):
-    flags = [finished[kind] / "ckpt.pt", *inputs[kind], "--beside", "random", "--out"]
+    flags = [finished[kind] / "ckpt.pt", *inputs[kind.rstrip("2")], "--beside", "random", "--out"]
     for end in ("svg", "png"):
         one, other = tmp_path / f"one.{end}", tmp_path / f"other.{end}"
         assert "one" in done(call(draw, *flags, one)) and "other" in done(call(draw, *flags, other))
         assert one.read_bytes() == other.read_bytes()
-    assert len(Image.open(one).convert("RGB").getcolors(2**24)) > (20 if kind == "text" else 200)
+    assert len(Image.open(one).convert("RGB").getcolors(2**24)) > (20 if "text" in kind else 200)
 
 
 @torch.no_grad()
@@ -38,12 +38,14 @@ def test_mask_cosines_and_features_are_those_of_training(kind, finished, inputs)
     state, network = checkpoint(finished[kind]), embed.open_both(str(finished[kind] / "ckpt.pt"))
     both = [network.student.state_dict(), network.teacher.state_dict()]
     assert_same(both, [state["student"], state["teacher"]])
-    row = draw.prepare(network, str(inputs[kind][0]), np.random.default_rng(5))
+    row = draw.prepare(network, str(inputs[kind.rstrip("2")][0]), np.random.default_rng(5))
     one, _ = draw.look(network, [row, row])
-    cfg, words, x = SCRIPTS[kind].Config(**state["config"]), network.words, row.x
-    given = {"vision": [], "speech": [torch.tensor([x.shape[1]])], "text": [words, x[0].numpy()]}[kind]
-    drawn = SCRIPTS[kind].draw_mask(cfg, *given, np.random.default_rng(5))
-    seen, mask = drawn if kind == "text" else (x[0], drawn.flatten())
+    cfg, words, x = RUNS[kind].Config(**state["config"]), network.words, row.x
+    given = {"vision": [], "speech": [torch.tensor([x.shape[1]])], "text": [words, x[0].numpy()]}
+    drawn = RUNS[kind].draw_mask(cfg, *given[kind.rstrip("2")], np.random.default_rng(5))
+    seen, mask = drawn if "text" in kind else (x[0], drawn)
+    mask = mask.view(-1, mask.shape[-1])[0]  # 2.0: the first of three
+    seen = seen.masked_fill(mask, words.mask) if kind == "text2" else seen
     assert torch.equal(row.mask[0], mask) and torch.equal(row.seen[0], seen) and 0 < mask.sum() < len(mask)
     over, layers = int(cfg.norm != "instance"), [a[0].double() for a in network.teacher(x)[-cfg.top_k :]]
     y = sum((a - a.mean(over, True)) / (a.var(over, False, True) + 1e-5).sqrt() for a in layers) / cfg.top_k
@@ -54,6 +56,8 @@ def test_mask_cosines_and_features_are_those_of_training(kind, finished, inputs)
     assert one.cosine[mask].tolist() == pytest.approx(cosines, abs=1e-4) and one.cosine[~mask].isnan().all()
     torch.testing.assert_close(one.y.double(), y, atol=1e-4, rtol=1e-4)
     assert one.rgb.shape == (2, len(mask), 3) and one.rgb.std() > 0.1 and not torch.equal(one.own, one.y)
+    if kind.endswith("2"):
+        assert len(one.own) == (~mask).sum() and (one.rgb[0, mask] == draw.GREY).all()
 
 
 def test_a_prediction_that_is_its_target_finds_its_own_token(finished, tmp_path, monkeypatch):

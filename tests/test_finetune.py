@@ -17,6 +17,7 @@ import train_vision
 from data import images
 from tests import checkpoints, helpers
 from tests.helpers import FAST, assert_same, call, checkpoint, done, results, rows
+from tools import convert, embed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 refused = partial(helpers.refused, by="finetune.py: ")
@@ -231,6 +232,48 @@ def test_another_image_size_interpolates_the_positions(tune, tmp_path):
     done(tune("--eval_only", init=tmp_path / "run/ckpt.pt", out="again"))
     assert results(tmp_path / "again")["top1"] == results(tmp_path / "run")["top1"]
     assert "--image_size 18" in refused(tune("--image_size 18", out="no"))
+
+
+TASKS = {  # of checkpoints of data2vec 2.0: data, options
+    "vision": ("vision", "--drop_path 0.1"),
+    "speech": ("letters", "--preset speech_smoke --batch_seconds 8 --max_samples 64000 --label_fraction 1"),
+    "text": ("tasks", "--preset glue_small --task moods --global_batch 8"),
+}
+
+
+@pytest.mark.parametrize("start", ["ours", "released"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_checkpoints_of_2_0_are_tuned_evaluated_and_used(data, finished, tmp_path, kind, start):
+    source, flags = TASKS[kind]
+    path = finished[f"{kind}2"] / "ckpt.pt"
+    if start == "released":
+        path = tmp_path / "released.pt"
+        torch.save(checkpoints.released(f"{kind}2"), path)
+        checkpoints.write_gpt2_files(tmp_path, size=40)
+    run, flags = tmp_path / "run", [*FAST.split(), *flags.split(), "--data", data / source]
+    done(call(finetune, *flags, *STILL.split(), "--probe_every", 1, "--init", path, "--out", run))
+    state, student = checkpoint(run, "best.pt"), convert.read(path)["student"]
+    encoder = {name: tensor for name, tensor in student.items() if name.startswith("encoder.")}
+    assert_same({name: t for name, t in state["student"].items() if name.startswith("encoder.")}, encoder)
+    assert state["config"]["masks"] == 3 and not any(name.startswith("head.") for name in state["student"])
+    best = *FAST.split(), "--init", run / "best.pt"
+    done(call(finetune, *best, "--eval_only", "--data", data / source, "--out", tmp_path / "again"))
+    metric = {"vision": "top1", "speech": "cer", "text": "accuracy"}[kind]
+    assert results(tmp_path / "again")[metric] == results(run)[metric]
+    more = "--steps", 2, "--image_size", 32, "--mask_p", 0.3  # if it has images, recordings
+    done(call(finetune, *flags, *more, "--init", path, "--out", tmp_path / "moved"))
+    after = checkpoint(tmp_path / "moved")["student"]
+    assert all((after[name] != t).any() for name, t in encoder.items() if name.endswith("fc1.weight"))
+
+    (tmp_path / "in.txt").write_text("abc ha\n")
+    one = {"vision": "val/dog/01.png", "speech": "dev/0/7/0-7-0001.flac"}.get(kind)
+    one = tmp_path / "in.txt" if kind == "text" else data / source / one
+    printed = done(call(finetune, *best, "--predict", "abc ha" if kind == "text" else one))
+    assert str("abc ha" if kind == "text" else one) in printed
+    for out, init in (("x.npy", run / "best.pt"), ("y.npy", path)):
+        done(call(embed, "--init", init, one, "--out", tmp_path / out))
+    same = np.load(tmp_path / "x.npy"), np.load(tmp_path / "y.npy")
+    assert same[0].shape == (1, 16) and np.array_equal(*same)
 
 
 def test_a_released_classifier_predicts_and_is_evaluated(tune, tmp_path):

@@ -10,13 +10,16 @@ import types
 import pytest
 import torch
 
+import train_speech
 from common import UserError
 from data import images, text
 from model import Teacher
-from tests.checkpoints import NAMES, golden, model_of, options, released, write_gpt2_files
-from tests.helpers import call, refused
+from tests.checkpoints import NAMES, NAMES2, golden, model_of, options, released, released2, write_gpt2_files
+from tests.helpers import assert_same, call, refused
+from tests.test_golden2 import student_of
 from tools import convert
 from tools.released import load
+from tools.released2 import our_names
 
 
 @pytest.fixture
@@ -108,6 +111,39 @@ def test_pre_trained(save, library, kind, form, legacy):
     if kind != "vision":
         assert config["top_k"] == said["average_top_k_layers"] and config["beta"] == said["loss_beta"]
         assert config["norm"] == ("instance" if kind == "speech" else "layer")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NAMES2)
+def test_pre_trained_of_2_0(save, tmp_path, kind):
+    """All weights of both networks; features and the teacher's layers are those of the file."""
+    whole, file = released2(kind)
+    path = save(whole)
+    state, (x,) = convert.read(path), file["input"].values()
+    student = model_of(state)
+    teacher = Teacher(student.encoder)
+    convert.load_encoder(teacher, state, path, "teacher")
+    if kind == "speech2":  # the file has fewer convolutions; the features are those of its Transformer
+        spec = "+".join(f"[(12,{kernel},{stride})]" for kernel, stride in train_speech.CONVS)
+        file["config"] |= {"feature_encoder_spec": spec}
+        file["model"], x = {n: w for n, w in whole["model"].items() if n != "_ema"}, torch.randn(2, 8000)
+        close(student.encoder(x)[0], student_of(file).eval().encoder(x)[0])
+        averaged = our_names(file["ema"])
+        assert_same({name: teacher.state_dict()[name] for name in averaged}, averaged)
+    else:
+        close(student.encoder(x)[0], file["student_features"], 2e-5)
+        for ours, theirs in zip(teacher(x)[-2:], file["teacher_layers"], strict=True):
+            close(ours, theirs, 2e-5)
+    config, said = state["config"], file["config"]
+    names = {"masks": "clone_batch", "prenet": "prenet_depth", "heads": "num_heads"}
+    names |= {f"decoder_{name}": f"decoder_{name}" for name in ("kernel", "groups")}
+    assert {ours: config[ours] for ours in names} == {ours: said[theirs] for ours, theirs in names.items()}
+    norms = config["norm"], config["final_norm"], config["top_k"]
+    assert norms == ("instance", "layer" if kind == "vision2" else "none", 2)
+    assert 0.4 < config["mask_ratio" if kind == "vision2" else "mask_p"] < 0.9 and not state["fresh"]
+    assert "2.0" in refused(call(convert, path, tmp_path / "hub"))
+    assert "2.0" in call(convert, path, tmp_path / "ours.pt")[1]
+    assert_same(convert.read(tmp_path / "ours.pt")["student"], state["student"])
 
 
 @torch.no_grad()
@@ -258,7 +294,7 @@ def test_programs_and_archives_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["extra", "missing", "teacher"])
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", [*NAMES, *NAMES2])
 def test_what_is_left_over_or_missing_is_named(save, kind, damage):
     file = released(kind)
     weights = file["model"]

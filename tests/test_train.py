@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import common
+import model2
 from data import images, synthetic, text
 from model import Teacher, WaveEmbed
 from tests import helpers
 from tests.checkpoints import build
-from tests.helpers import SCRIPTS, TINY, checkpoint, done, launch, refused, results, rows
+from tests.helpers import RUNS, SCRIPTS, TINY, checkpoint, done, launch, refused, results, rows
 from tools import probes
 
-KINDS = list(SCRIPTS)
+KINDS = list(RUNS)  # the last three: of data2vec 2.0
 STILL = "--steps 1 --lr 0 --tau_0 1 --tau_e 1"  # one step that moves nothing shows what was loaded
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -37,8 +38,8 @@ def train(data, finished, tmp_path):
         if "--resume" in words:
             shutil.copytree(finished[kind], tmp_path / "run", dirs_exist_ok=True)
         else:
-            words = [*TINY[kind], "--data", data / kind if source is None else source, *words]
-        return helpers.call(SCRIPTS[kind], "--out", tmp_path / "run", *words)
+            words = [*TINY[kind], "--data", data / kind.rstrip("2") if source is None else source, *words]
+        return helpers.call(RUNS[kind], "--out", tmp_path / "run", *words)
 
     return run
 
@@ -74,26 +75,27 @@ def test_a_run_leaves_a_config_metrics_a_checkpoint_and_results(finished, kind):
     names = {path.name for path in finished[kind].iterdir()}
     assert names == {"config.json", "metrics.jsonl", "ckpt.pt", "results.json"}
     config = json.loads((finished[kind] / "config.json").read_text())
-    assert {f.name for f in fields(SCRIPTS[kind].Config)} | {"python", "torch", "command"} == config.keys()
+    assert {f.name for f in fields(RUNS[kind].Config)} | {"python", "torch", "command"} == config.keys()
     assert config["dim"] == 16 and config["preset"] == "smoke" and "--dim 16" in config["command"]
     state = checkpoint(finished[kind])
-    vocabulary = {"vocabulary"} if kind == "text" else set()
+    vocabulary = {"vocabulary"} if "text" in kind else set()
     assert state.keys() == {"student", "teacher", "optimizer", "scaler", "step", "config", "rng"} | vocabulary
     assert state["step"] == 12 and state["config"]["dim"] == 16 and len(state["rng"]) == 1
     assert {name for name in state["student"] if name.startswith("encoder.")} == state["teacher"].keys()
     matrices = sum(name.endswith(".weight") and "norm" not in name for name in state["student"])
     decay = state["optimizer"]["param_groups"][0]
-    assert len(decay["params"]) == (matrices if kind == "vision" else len(state["student"]))
+    assert len(decay["params"]) == (matrices if kind not in ("speech", "text") else len(state["student"]))
 
 
 @every_kind
 def test_metrics_and_results_hold_what_was_measured(finished, kind):
     lines, numbers = rows(finished[kind]), results(finished[kind])
-    own = {"vision": {"knn", "teacher_knn"}, "speech": set(), "text": {"position_r2"}}
-    scores = {"explained_variance", "probe", "teacher_probe"} | own[kind]
+    own = {"vision": {"knn", "teacher_knn"}, "speech": set(), "text": {"position_r2"}}[kind.rstrip("2")]
+    scores = {"explained_variance", "probe"} | ({"teacher_probe"} if kind != "text2" else set()) | own
     assert [row["step"] for row in lines] == [0, 1, 3, 6, 9, 12]
     measured = {"loss", "target_std", "pred_std", "masked", "tau", "lr", "grad_norm"}
-    measured.add({"vision": "images_per_s", "speech": "audio_s_per_s", "text": "tokens_per_s"}[kind])
+    units = {"vision": "images_per_s", "speech": "audio_s_per_s", "text": "tokens_per_s"}
+    measured.add(units[kind.rstrip("2")])
     for row in lines:
         expected = {"step", "seconds"} | (measured if row["step"] else set())
         assert row.keys() == expected | (scores if row["step"] in (0, 6, 12) else set())
@@ -112,8 +114,9 @@ def test_lines_are_plain_and_name_a_damaged_sample_once(finished, kind):
     assert sum(line.startswith("step ") for line in lines) == 6 + 1  # the last one says where results.json is
     assert not any("\r" in line or "%|" in line for line in lines)
     skipped = [line for line in lines if line.startswith("skipped ")]
-    assert len(skipped) == results(finished[kind])["skipped_files"] == len(helpers.DAMAGED[kind])
-    assert all(any(name in line for line in skipped) for name in helpers.DAMAGED[kind])
+    damaged = helpers.DAMAGED[kind.rstrip("2")]
+    assert len(skipped) == results(finished[kind])["skipped_files"] == len(damaged)
+    assert all(any(name in line for line in skipped) for name in damaged)
 
 
 @every_kind
@@ -129,6 +132,8 @@ def test_a_folder_that_holds_a_run_is_not_touched(finished, train, kind):
         "vision --layer_scale 0.1 --drop_path 0.2 --learned_std 0 --attn_dropout 0.1",
         "speech --deep_norm --share_positions false --pad --schedule cosine --dropout 0.1 --layer_drop 0.2",
         "text --share_embedding false --mask_span 4 --mask_p 0.35 --schedule cosine --weight_std 0",
+        "vision2 --drop_path 0.2 --attn_dropout 0.1",
+        "speech2 --share_positions true --prenet 0 --dropout 0.1 --layer_drop 0.2",
     ],
 )
 def test_data_are_made_and_every_switch_of_the_method_runs(monkeypatch, tmp_path, train, run):
@@ -159,55 +164,61 @@ def standardise(values):
 
 def naive_target(kind, layers):
     """T lists of D numbers from the same of each of the top K layers (section 3.3)."""
-    if kind == "speech":  # each channel over time
+    if kind not in ("vision", "text"):  # each channel over time
         layers = [list(zip(*(standardise(channel) for channel in zip(*a)))) for a in layers]
     else:
         layers = [[standardise(position) for position in a] for a in layers]
     y = [[sum(values) / len(layers) for values in zip(*positions)] for positions in zip(*layers)]
-    return [standardise(position) for position in y] if kind == "vision" else y
+    return [standardise(position) for position in y] if "vision" in kind else y
 
 
 def naive_distance(kind, f, y, beta):
     """Of one position (section 3.4): squared error / sqrt(D), a mean or a sum of smooth L1."""
     d = [abs(p - q) for p, q in zip(f, y)]
-    if kind == "speech":
-        return sum(x * x for x in d) / math.sqrt(len(d))
+    if kind not in ("vision", "text"):
+        return sum(x * x for x in d) / (1 if kind == "text2" else math.sqrt(len(d)))
     smooth = sum(x * x / 2 / beta if x <= beta else x - beta / 2 for x in d)
     return smooth / len(d) if kind == "vision" else smooth
 
 
 def naive_loss(kind, student, teacher, batch, pad, beta=0.5):
-    """Sum over the masked positions of a micro-batch, and their number, from single numbers."""
+    """Sum over the masked positions of a micro-batch, and their number, from single numbers; class term."""
     hidden = full = batch.get("source")
-    if kind == "vision":
+    if "vision" in kind:
         hidden = full = images.normalise(batch["images"])
-    elif kind == "text":
+    elif "text" in kind:
         hidden, full = batch["corrupted"], batch["tokens"]
-    mask, total = batch["mask"], 0
+    mask, total, class_term = batch["mask"].flatten(0, -2), 0, 0
     valid = batch["lengths"] if pad else None
+    predictions = torch.zeros(*mask.shape, 16)
     with torch.no_grad():
-        features, _ = student.encoder(hidden, mask, valid)
-        predictions = student.head(features[:, student.encoder.prefix :]).tolist()
+        predictions[mask], *_ = student(hidden, mask, valid)
         layers = [a.tolist() for a in teacher(full, valid)]
-    for b, f in enumerate(predictions):
-        y = naive_target(kind, [a[b] for a in layers[-2:]])
-        total += sum(naive_distance(kind, f[t], y[t], beta) for t in range(len(y)) if mask[b, t])
-    return total, mask.sum().item()
+    for row, f in enumerate(predictions.tolist()):
+        y = naive_target(kind, [a[row * len(full) // len(mask)] for a in layers[-2:]])
+        total += sum(naive_distance(kind, f[t], y[t], beta) for t in range(len(y)) if mask[row, t])
+        if kind == "vision2":  # of 8 images with 3 masks each
+            mean = [sum(values) / len(y) for values in zip(*y)]
+            class_term += 2.56 * naive_distance(kind, student.cls[row].tolist(), mean, beta) / 24
+    return total, mask.sum().item(), class_term
 
 
-RUNS = "vision --beta 0.5,speech,speech --pad,text --beta 0.5,text --beta 0.5 --mask_span 4 --mask_p 0.35"
+LOSSES = "vision --beta 0.5,speech,speech --pad,text --beta 0.5,text --beta 0.5 --mask_span 4 --mask_p 0.35"
 
 
-@pytest.mark.parametrize("run", RUNS.split(","))
-def test_the_loss_is_that_of_a_naive_recomputation(finished, train, tmp_path, loaded, run):
+@pytest.mark.parametrize("run", f"{LOSSES},vision2,speech2,text2".split(","))
+def test_the_loss_is_that_of_a_naive_recomputation(finished, train, tmp_path, loaded, monkeypatch, run):
     """One step of two micro-batches, from a checkpoint whose student and teacher differ."""
     kind, *flags = run.split()
+    monkeypatch.setattr(model2.Student2.__init__, "__defaults__", (0.0, 0.0))  # without noise
     done(train(kind, "--init", finished[kind] / "ckpt.pt", STILL, *flags))
     student, teacher = rebuilt(checkpoint(tmp_path / "run"))
     pad = "--pad" in flags
-    (total, other), (count, fewer) = zip(*(naive_loss(kind, student, teacher, b, pad) for b in loaded[-2:]))
-    assert count != fewer, "or else a mean of means would pass for the mean over the global batch"
-    assert rows(tmp_path / "run")[1]["loss"] == pytest.approx((total + other) / (count + fewer), rel=1e-5)
+    totals, counts, classes = zip(*(naive_loss(kind, student, teacher, b, pad) for b in loaded[-2:]))
+    total, expected = totals[0], sum(totals) / sum(counts) + sum(classes)
+    different = len(set(counts)) == 2 or kind in ("vision2", "text2")
+    assert different, "or else a mean of means would pass for the mean over the global batch"
+    assert rows(tmp_path / "run")[1]["loss"] == pytest.approx(expected, rel=1e-5)
     itself = naive_loss(kind, student, Teacher(student.encoder), loaded[-2], pad)[0]
     assert itself != pytest.approx(total, rel=1e-4), "the tolerance tells teacher and student apart"
 
@@ -229,6 +240,9 @@ def test_the_loss_of_masked_language_modelling_is_the_mean_cross_entropy(train, 
         ("speech --share_positions false", ("embed.content.",)),
         ("text", ("embed.",)),
         ("text --share_embedding false", ()),
+        ("vision2", ()),
+        ("speech2", ("embed.content.",)),
+        ("text2", ("embed.", "context.")),
     ],
 )
 def test_the_teacher_moves_once_an_update(train, tmp_path, monkeypatch, run, shared):
@@ -261,6 +275,19 @@ def test_the_convolutions_run_once_for_student_and_teacher(train):
     ):
         done(train("speech", "--steps 3"))
     assert embed.call_count == teach.call_count >= 3 * 2, "steps x micro-batches, and the evaluation's"
+
+
+@every_kind
+def test_both_encoders_can_be_compiled(train, monkeypatch, kind):
+    compiled, called = [], []
+
+    def pretend(transform, **_):
+        compiled.append(transform)
+        return lambda *args: called.append(transform) or transform(*args)
+
+    monkeypatch.setattr(torch, "compile", pretend)
+    done(train(kind, "--compile"))
+    assert len(compiled) == 2 and all(called.count(one) >= 4 * 2 for one in compiled)
 
 
 # ---- from a checkpoint; what goes wrong ------------------------------------------------------------------
@@ -301,13 +328,16 @@ WRONG_IN = {
     "vision": "--image_size 18,--mask_ratio 1.1,--global_batch 10",
     "speech": "--max_samples 63999,--dim 24,--train dev-other,--pad maybe",
     "text": "--max_tokens 7,--global_batch 10,--share_embedding maybe",
+    "vision2": "--decoder_width 24,--dim 24,--prenet 3,--mask_adjust 2",
+    "speech2": "--decoder_width 24,--pad,--deep_norm,--decoder_depth 0",
+    "text2": "--prenet 3,--objective mlm,--max_tokens 1000000,--masks -1",
 }
 
 
 @every_kind
 def test_wrong_options_and_folders_without_data_are_one_line(train, tmp_path, kind):
     for flags in f"{WRONG},{WRONG_IN[kind]}".split(","):
-        line = refused(train(kind, flags), by=f"train_{kind}.py: ")
+        line = refused(train(kind, flags), by=f"{RUNS[kind].__name__}.py: ")
         assert flags.split()[0] in line or "dev-other" in line, line
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):
@@ -348,7 +378,7 @@ def test_numbers_that_are_not_finite_spare_the_checkpoint(finished, train, tmp_p
 
 @every_kind
 def test_help_lists_the_options_with_the_presets_values(kind):
-    script = SCRIPTS[kind]
+    script = RUNS[kind]
     for flags, dim in ([], 128), (["--preset", "base"], 768):
         out = " ".join(done(helpers.call(script, *flags, "--help")).split())
         assert f"--dim {dim} width D" in out and "Baevski" in out
@@ -380,6 +410,36 @@ PAPER = {  # tables 10 to 12 of the paper, and the released configurations where
         weight_decay=0.01 beta2=0.98 dropout=0.1 attn_dropout=0.1""",
     "text base": "lr=2e-4 mask_p=0.15 mask_span=1 tau_n=100000",
     "text base_spans": "lr=2e-4 mask_p=0.35 mask_span=4 tau_n=300000",
+    # data2vec 2.0: the released configurations
+    "vision base2 large2 huge2": """steps=375300 masks=16 mask_block=3 beta=0 clip=4 beta2=0.95
+        weight_decay=0.05 patch=16 image_size=224 crop_min=0.2 jitter=0 target=ffn norm=instance
+        final_norm=layer tau_0=0.9998 drop_path=0 attn_dropout=0 decoder_groups=16 decoder_dropout=0
+        norm_eps=1e-6 guard_after=-1""",
+    "vision base2": """dim=768 depth=10 prenet=2 heads=12 ffn=3072 top_k=10 mask_ratio=0.8 mask_adjust=0.07
+        global_batch=256 lr=1e-3 tau_e=0.99999 tau_n=100000 class_weight=2.56 decoder_depth=6
+        decoder_width=768 decoder_kernel=3""",
+    "vision large2 huge2": """prenet=0 heads=16 mask_ratio=0.75 mask_adjust=0.1 global_batch=128 lr=4e-4
+        tau_n=150000 class_weight=1.28 decoder_depth=3 decoder_width=1024 decoder_kernel=5""",
+    "vision large2": "dim=1024 depth=24 ffn=4096 top_k=18 tau_e=0.99999",
+    "vision huge2": "dim=1280 depth=32 ffn=5120 top_k=24 tau_e=0.99995",
+    "speech base2 large2": """channels=512 pos_width=95 pos_depth=5 pos_groups=16 pad=false
+        share_positions=false schedule=cosine mask_span=5 weight_decay=0.01 beta2=0.98 beta=0 norm=instance
+        final_norm=none dropout=0.1 attn_dropout=0.1 decoder_dropout=0.1 decoder_depth=4 decoder_kernel=7
+        decoder_groups=16 min_seconds=2 max_seconds=20 norm_eps=1e-5 target=ffn guard_after=5000""",
+    "speech base2": """dim=768 depth=12 prenet=0 heads=12 ffn=3072 top_k=8 masks=8 mask_p=0.5
+        mask_adjust=0.05 max_samples=1000000 batch_seconds=500 steps=400000 lr=7.5e-4 clip=0 tau_0=0.999
+        tau_e=0.99999 tau_n=75000 layer_drop=0.05 decoder_width=384""",
+    "speech large2": """dim=1024 depth=16 prenet=8 heads=16 ffn=4096 top_k=16 masks=12 mask_p=0.55
+        layer_drop=0 mask_adjust=0.1 max_samples=320000 batch_seconds=960 steps=600000 lr=4e-4 clip=1
+        tau_0=0.9997 tau_e=1 tau_n=300000 decoder_width=768""",
+    "text base2 large2": """masks=8 prenet=0 max_tokens=512 global_batch=64 schedule=cosine clip=1 beta=0
+        weight_decay=0.01 beta2=0.98 tau_0=0.9999 tau_e=0.99999 tau_n=100000 dropout=0.1 attn_dropout=0.1
+        decoder_dropout=0.1 decoder_depth=5 decoder_width=768 decoder_kernel=9 decoder_groups=1
+        share_embedding=true norm_eps=1e-5 target=ffn guard_after=5000""",
+    "text base2": """dim=768 depth=12 heads=12 ffn=3072 top_k=12 mask_p=0.48 steps=1000000 lr=2e-4
+        norm=instance final_norm=none""",
+    "text large2": """dim=1024 depth=24 heads=16 ffn=4096 top_k=24 mask_p=0.5 steps=600000 lr=1e-4 norm=layer
+        final_norm=instance""",
 }  # fmt: skip
 
 
@@ -392,13 +452,16 @@ def test_the_big_presets_are_the_papers(presets):
             found = getattr(cfg, option)
             assert found == (value if isinstance(found, str) else json.loads(value)), (name, option)
         sizes = (1024, 24, 16, 4096) if "large" in name else (768, 12, 12, 3072)
-        assert (cfg.dim, cfg.depth, cfg.heads, cfg.ffn, cfg.guard_after) == (*sizes, 5000)
+        if not cfg.masks:
+            assert (cfg.dim, cfg.depth, cfg.heads, cfg.ffn, cfg.guard_after) == (*sizes, 5000)
 
 
 WARMUPS = {  # steps of the warm-up and of the final decay
     "vision base": (6256, 0), "vision large": (12_511, 0), "vision large_phase2": (6256, 0),
     "speech base": (12_000, 28_000), "speech audioset": (10_000, 0),
     "text base": (50_000, 150_000), "text base_spans": (10_000, 0),
+    "vision base2": (50_040, 0), "vision huge2": (50_040, 0), "speech base2": (8000, 0),
+    "speech large2": (10_000, 0), "text base2": (4000, 0), "text large2": (4000, 0),
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 from data import text
 from model import Student, Teacher
+from model2 import Student2
 from tools import embed, hub, probes
 
 aten = torch.ops.aten
@@ -84,10 +85,10 @@ def run(script, flags, theirs=False):
     new |= {(common.Log, "due"): lambda *_: False, (common, "save"): lambda *_: None}
     new |= {(probes, f"{name}Probe"): lambda *_: lambda *_: {} for name in ("Image", "Speech", "Text")}
     for part, place, *names in (
-        ("loader", dataloader._BaseDataLoaderIter, "__next__"), ("EMA", Teacher, "update"),
-        ("teacher", Teacher, "forward", "from_embedded"), ("student", Student, "forward"),
-        ("targets, loss", script, "top_k_average", "regression_loss"), ("backward", torch.Tensor, "backward"),
-        ("clip, AdamW", common, "optimizer_step"),
+        ("loader", dataloader._BaseDataLoaderIter, "__next__"), ("backward", torch.Tensor, "backward"),
+        ("teacher", Teacher, "forward", "from_embedded"), ("clip, AdamW", common, "optimizer_step"),
+        ("student", Student, "forward"), ("student", Student2, "forward"), ("EMA", Teacher, "update"),
+        ("targets, loss", script, "top_k_average", "regression_loss"),
     ):  # fmt: skip
         new |= {(place, name): timed(part)(getattr(place, name)) for name in names}
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack, redirect_stdout(None):

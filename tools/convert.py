@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import common
 from common import UserError, require
 from data import text
-from tools import hub, released
+from tools import hub, released, released2
+from tools.released import table
 
 OPTIONAL = ("encoder.norm.", "encoder.mask_embedding")  # targets do not depend on them; some files lack them
 
@@ -32,7 +33,8 @@ def read(path) -> dict:
     try:
         state = hub.read(path) if path.is_dir() else released.load(path)
         if not {"student", "teacher", "config"} <= state.keys():
-            state = released.read(state, path)
+            two = any(name.startswith("modality_encoders.") for name in table(state.get("model")))
+            state = (released2 if two else released).read(state, path)
         state = {"origin": "checkpoint of ours", "notes": [], "fresh": []} | state
         if modality(state["config"]) == "text" and "vocabulary" not in state:
             add_vocabulary(state, path)

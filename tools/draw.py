@@ -2,8 +2,8 @@
 
 INPUT: image, recording, line of text, .txt file of lines, or folder. Features are means of the top K layers,
 normalised: of the teacher for the whole input (the targets), of the student for the masked one; their colours
-are principal components. Cosines are of predictions and targets; text: nearest are the tokens whose targets,
-in all lines given (its own, too), are nearest to the prediction.
+are principal components (2.0: of what is visible). Cosines are of predictions and targets; text: nearest are
+the tokens whose targets, in all lines given (its own, too), are nearest to the prediction.
 """
 
 import textwrap
@@ -28,16 +28,19 @@ def prepare(network, source, rng):
     if kind == "text":
         ids = np.array([text.BOS, *network.words.encode(source)[: cfg.max_tokens - 2], text.EOS])
         seen, mask = draw_mask(cfg, network.words, ids, rng)
-        return SimpleNamespace(x=torch.from_numpy(ids)[None], seen=seen[None], mask=mask[None])
+        mask = mask.view(-1, len(ids))[:1]  # 2.0 draws several masks, and changes no token
+        seen = seen.masked_fill(mask[0], network.words.mask) if cfg.masks else seen
+        return SimpleNamespace(x=torch.from_numpy(ids)[None], seen=seen[None], mask=mask)
     longest = round(cfg.max_seconds * audio.RATE) if kind == "speech" else None
     x = embed.read(source, kind, cfg, None)[None, :longest]
-    mask = draw_mask(cfg, torch.tensor([x.shape[1]]), rng) if longest else draw_mask(cfg, rng)[None]
-    return SimpleNamespace(x=x, seen=x, mask=mask, name=Path(source).name)
+    mask = draw_mask(cfg, torch.tensor([x.shape[1]]), rng) if longest else draw_mask(cfg, rng)
+    return SimpleNamespace(x=x, seen=x, mask=mask.view(-1, mask.shape[-1])[:1], name=Path(source).name)
 
 
 @torch.no_grad()
 def look(network, rows):
-    """-> for each row own, the student's features, y, targets (T, D), rgb of both; f (M, D); cosine (T,)."""
+    """-> for each row own, the student's features, y, targets (T, D), rgb of both; f (M, D); cosine (T,).
+    2.0: own (T - M, D), of what is visible."""
     student, teacher, cfg, looks = network.student, network.teacher, network.cfg, []
     for row in rows:
         f, content, _ = student(row.seen, row.mask)
@@ -50,8 +53,11 @@ def look(network, rows):
     x = torch.cat([part for one in looks for part in (one.own, one.y)])
     x = F.pad(torch.linalg.svd(x - x.mean(0), full_matrices=False)[0], (0, 2))[:, :3]  # in one basis
     x = (0.5 + x / (4 * x.std(0) + 1e-9)).clamp(0, 1)
-    for one, rgb in zip(looks, x.split([2 * len(one.y) for one in looks])):
-        one.rgb = rgb.unflatten(0, (2, -1))
+    parts = iter(x.split([len(part) for one in looks for part in (one.own, one.y)]))
+    for one in looks:
+        one.rgb = torch.full((2, len(one.y), 3), GREY)
+        shown = torch.ones(len(one.y), dtype=bool) if len(one.own) == len(one.y) else one.cosine.isnan()
+        one.rgb[0, shown], one.rgb[1] = next(parts), next(parts)
     return looks
 
 

@@ -151,6 +151,7 @@ def write(state: dict, folder: Path, network: str = "student") -> None:
 
     config, weights, task = state["config"], state[network], state.get("task")
     require(not folder.exists(), f"{folder}: exists; choose a new folder")
+    require(not config.get("masks"), f"{folder}: the transformers library has no data2vec 2.0")
     require(weights, f"--network {network}: the checkpoint has none")
     write_kind = vision_folder if "patch" in config else audio_folder if "channels" in config else text_folder
     about, head, added, files = write_kind(state, weights)

@@ -29,7 +29,10 @@ class Probe:
 
     def load(self, dataset, keys):
         batches = self.log.watch(loader(dataset, keys, self.cfg.workers, self.device))
-        return [to_device(batch, self.device) for batch in batches]
+        batches, masks = [to_device(batch, self.device) for batch in batches], max(1, self.cfg.masks)
+        for batch in batches:  # 2.0: one mask of each sample
+            batch["mask"] = batch["mask"].flatten(0, -2)[::masks]
+        return batches
 
     @torch.no_grad()
     def __call__(self, student, teacher):
@@ -163,24 +166,32 @@ class TextProbe(Probe):
         if self.cfg.objective == "mlm":
             return {}
         scores = super().predictions(student, teacher)
+        if self.cfg.masks:  # 2.0's encoder never sees a hidden position: what the decoder says of it
+            scores["probe"] = self.probe(lambda batch: self.step(student, teacher, batch)[0])
         steps = ((self.step(student, teacher, batch), batch["tokens"]) for batch in self.held_out)
         targets = ((y, tokens != text.PAD) for (_, y, _), tokens in steps)
         return scores | {"position_r2": position_r2(targets, self.cfg.max_tokens)}
 
     def forward(self, student, teacher, batch):
-        f, _, _ = student(batch["corrupted"], batch["mask"])
-        return f, teacher(batch["tokens"])
+        f, x, valid = student(batch["corrupted"], batch["mask"])
+        return f, teacher.from_embedded(x, valid) if self.cfg.masks else teacher(batch["tokens"])
 
     def features(self, encoder):
-        (x, y), (x_test, y_test) = self.selected(encoder, self.fit), self.selected(encoder, self.held_out)
+        if self.cfg.masks:
+            return {}
+        return {"probe": self.probe(lambda batch: self.encode(encoder, batch["corrupted"])[batch["mask"]])}
+
+    def probe(self, features):
+        """features(batch) -> (N, D), of the selected tokens."""
+        (x, y), (x_test, y_test) = self.selected(features, self.fit), self.selected(features, self.held_out)
         counts = torch.bincount(y, minlength=int(y_test.max()) + 1)
         rank = counts.argsort(descending=True, stable=True).argsort()  # the commonest token is 0
         fit, test = rank[y] < 200, rank[y_test] < 200
-        return {"probe": linear_probe(x[fit], rank[y][fit], x_test[test], rank[y_test][test])}
+        return linear_probe(x[fit], rank[y][fit], x_test[test], rank[y_test][test])
 
-    def selected(self, encoder, batches):
+    def selected(self, features, batches):
         """-> features (N, D) of the selected tokens, their ids (N,)."""
-        x = [self.encode(encoder, batch["corrupted"])[batch["mask"]] for batch in batches]
+        x = [features(batch).float() for batch in batches]
         return torch.cat(x), torch.cat([batch["tokens"][batch["mask"]] for batch in batches])
 
 

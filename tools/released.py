@@ -101,7 +101,7 @@ def rename(weights: dict, encoder: dict, head: dict, not_used: str, path) -> dic
         require(torch.is_tensor(tensor), f"{path}: {name} is no tensor but a {type(tensor).__name__}")
         if ours:
             new[re.sub(r"attn\.([qkv])\.bias", r"attn.\1_bias", ours)] = tensor.detach().float()
-    for name in {"encoder.embed.cls", "encoder.mask_embedding"} & new.keys():
+    for name in {"encoder.embed.cls", "encoder.embed.gain", "encoder.mask_embedding"} & new.keys():
         new[name] = new[name].flatten()
     for name in [name for name in new if name.endswith("attn.q.weight")]:
         parts = [name.replace("q.weight", f"{part}.weight") for part in "qkv"]
