@@ -4,13 +4,14 @@ import glob
 import json
 import re
 import shlex
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import call, done, refused
-from tools import plot, table
+from tools import ablate, plot, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text()
@@ -113,12 +114,19 @@ def test_plot_says_in_one_line_what_it_cannot_read(tmp_path):
 
 @pytest.mark.parametrize("tool, options", COMMANDS, ids=[" ".join(command)[:40] for command in COMMANDS])
 def test_commands_of_the_results_run(tool, options, tmp_path, monkeypatch):
-    if tool == "plot":
+    if tool != "table":
         pytest.importorskip("matplotlib", reason="requirements-dev.txt")
+    if tool == "plot":
         options += f" --out {tmp_path}/curves.svg"
     monkeypatch.chdir(ROOT)
+    if tool == "ablate":  # writes beside the kept logs
+        shutil.copytree("assets", tmp_path / "assets")
+        shutil.copy("train_vision.py", tmp_path)
+        monkeypatch.chdir(tmp_path)
     words = [match for word in shlex.split(options) for match in sorted(glob.glob(word)) or [word]]
-    done(call({"plot": plot, "table": table}[tool], *words))
+    printed = done(call({"ablate": ablate, "plot": plot, "table": table}[tool], *words))
+    if tool == "ablate":
+        assert printed.split("\n\n")[0] in RESULTS  # the first table
 
 
 def test_results_cite_what_is_there_and_nothing_else_is_kept(monkeypatch):

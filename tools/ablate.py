@@ -23,6 +23,8 @@ from itertools import product
 from math import nan
 from pathlib import Path
 
+from tqdm import tqdm
+
 import common
 from common import require
 from tools import plot, table
@@ -41,7 +43,8 @@ def work(commands, jobs):
         ran = json.loads((folder / "config.json").read_text())["command"].split(" --out ")[0]
         require(ran == " ".join(commands[folder]), f"{folder}: holds `{ran}`; use another --out")
     waiting, running = [folder for folder in commands if not (folder / "results.json").exists()], {}
-    done, env = len(commands) - len(waiting), {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | os.environ
+    env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | os.environ
+    bar = tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="run", disable=None)
     for number in common.SIGNALS:
         signal.signal(number, common.ask_to_stop)
     try:
@@ -54,35 +57,40 @@ def work(commands, jobs):
                 with open(folder / "log.txt", "ab") as log:
                     running[folder] = subprocess.Popen(words, env=env, stdout=log, stderr=log)
             time.sleep(0.1)
+            bar.refresh()
             if common.received:  # the runs save, and the same command goes on
                 raise KeyboardInterrupt(common.received[0])
             for folder in [folder for folder in running if running[folder].poll() is not None]:
                 status = running.pop(folder).returncode
-                done += status == 0
+                bar.n += status == 0
                 told = f"failed with status {status}, see {folder / 'log.txt'}" if status else "done"
-                print(f"{folder.name}: {told} ({done} of {len(commands)})", file=sys.stderr)
+                bar.write(f"{folder.name}: {told} ({bar.n} of {bar.total})", sys.stderr)
     finally:
+        bar.close()
         for process in running.values():
             process.terminate()
             process.wait()
-    return len(commands) - done
+    return bar.total - bar.n
 
 
 def report(args, runs):
     """OUT/table.md and OUT/figure.svg. Of what a run and its fine-tuning both have, the run's counts."""
-    found, curves, label = {}, {}, " ".join(args.option)
+    found, text, means, stds, label = {}, [], {}, {}, " ".join(args.option)
     for setting, pair in runs.items():
         there = [folder for folder, _ in reversed(pair) if (folder / "results.json").exists()]
         found[setting] = {k: v for folder in there for k, v in table.read_results(folder).items()}
     known = sorted(set().union(*found.values()))
     keys = [name if name in known else f"{name}_end" for name in args.metric]
     require(set(keys) <= set(known), f"--metric: the runs in {args.out} have {', '.join(known) or 'none'}")
-    for seed in args.seeds:
-        curves[f"seed {seed}"] = {key: {v: found[v, seed].get(key, nan) for v in args.values} for key in keys}
-    text = "\n".join(table.compare(label, key, curves) for key in keys)
-    common.save(args.out / "table.md", text)
-    print(text)
-    plot.draw(curves, keys, args.out / "figure.svg", label)
+    for key in keys:
+        columns = {v: [found[v, seed].get(key, nan) for seed in args.seeds] for v in args.values}
+        text.append(table.compare(label, key, columns))
+        spreads = {v: table.spread(column) for v, column in columns.items()}
+        means[key] = {v: mean for v, (mean, _, _) in spreads.items()}
+        stds[key] = [std for _, std, _ in spreads.values()]
+    common.save(args.out / "table.md", "\n".join(text))
+    print(*text, sep="\n")
+    plot.draw({"mean": means}, keys, args.out / "figure.svg", label, stds)
 
 
 def main():

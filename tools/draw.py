@@ -2,8 +2,8 @@
 
 INPUT: image, recording, line of text, .txt file of lines, or folder. Features are means of the top K layers,
 normalised: of the teacher for the whole input (the targets), of the student for the masked one; their colours
-are principal components (of what is visible in 2.0). Cosines are of predictions and targets; text: nearest is
-the token at the position, in all lines given, with the target nearest to the prediction.
+are principal components (of what is visible in 2.0). Cosines are of predictions and targets; text: nearest are
+the tokens whose targets, in all lines given (its own, too), are nearest to the prediction.
 """
 
 import textwrap
@@ -107,13 +107,16 @@ def draw_text(figure, rows, networks, looks):
     for row, ones in zip(rows[:DRAWN], zip(*looks)):
         x, seen, mask = row.x[0].tolist(), row.seen[0].tolist(), row.mask[0]
         line = "".join(f"[{names[i]}]" if hidden else names[i] for i, hidden in zip(x, mask))
-        page += ["", "", *textwrap.wrap(line.replace("[·", "·[").replace("·", " "), 80)]
+        page += ["", *textwrap.wrap(line.replace("[·", "·[").replace("·", " "), 28 + 40 * len(networks)), ""]
+        hidden = mask.nonzero()[:, 0].tolist()
+        table = [f"{'hidden':14}{'seen':14}", *(f"{names[x[t]]:14}{names[seen[t]]:14}" for t in hidden)]
         for network, one, bank in zip(networks, ones, banks):
-            page.append(f"\n{'hidden':14}{'seen':14}{network.name}: mean {one.mean}, nearest of {len(ids)}")
+            cells = [f"{network.name}: mean {one.mean}, nearest of {len(ids)}"]
             order = (F.normalize(one.f) @ F.normalize(bank).T).argsort(dim=1, descending=True, stable=True)
-            for t, found in zip(mask.nonzero()[:, 0].tolist(), ids[order].tolist()):
-                nearest = "  ".join(names[i] for i in [*dict.fromkeys(found)][:3])
-                page.append(f"{names[x[t]]:14}{names[seen[t]]:14}{one.cosine[t]:5.2f}  {nearest}")
+            for cosine, found in zip(one.cosine[mask], ids[order].tolist()):
+                cells += [f"{cosine:5.2f}  " + "  ".join(names[i] for i in [*dict.fromkeys(found)][:3])]
+            table = [f"{line}{cell[:38]:40}" for line, cell in zip(table, cells)]
+        page += [*table, ""]
     figure.text(0, 1, "\n".join(page), family="DejaVu Sans Mono", size=7, va="top")
 
 

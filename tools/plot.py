@@ -50,8 +50,8 @@ def figure(path: Path):
             drawn.savefig(place, metadata=dict.fromkeys(undated))
 
 
-def draw(runs: dict[str, dict], keys: list[str], path: Path, label: str = "step") -> None:
-    """One panel per key, four in a row; one line per run: {key: {x: value}}."""
+def draw(runs: dict[str, dict], keys: list[str], path: Path, label="step", stds=None) -> None:
+    """One panel per key, four in a row; one line per run: {key: {x: value}}. stds: {key: list}, as bars."""
     columns, rows = min(len(keys), 4), math.ceil(len(keys) / 4)
     with figure(path) as page:
         page.set_size_inches(3.2 * columns, 2.5 * rows)
@@ -60,8 +60,12 @@ def draw(runs: dict[str, dict], keys: list[str], path: Path, label: str = "step"
             for name, curves in runs.items():
                 curve = curves.get(key, {})
                 panel.plot([*curve], [*curve.values()], marker="." if len(curve) < 20 else "", label=name)
+                if stds:
+                    panel.errorbar([*curve], [*curve.values()], stds[key], fmt="none", capsize=3)
             panel.set(title=key, xlabel=label)
             panel.grid(alpha=0.3)
+            if key == "explained_variance":  # an untrained network is far below
+                panel.set_ylim(-0.5, 1)
         if len(runs) > 1:
             page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns + 1)
 

@@ -42,15 +42,14 @@ def spread(values: list[float]) -> tuple[float, float, int]:
     return statistics.fmean(values or [math.nan]), std, len(values)
 
 
-def compare(label: str, key: str, runs: dict[str, dict]) -> str:
-    """{seed: {key: {setting: value, nan: none}}} -> a Markdown table, with the mean difference to the first
-    setting over the pairs, the seeds that have both."""
-    columns = [curves[key] for curves in runs.values()]
-    first = next(iter(columns[0]))
+def compare(label: str, key: str, columns: dict[str, list[float]]) -> str:
+    """{setting: values of the same seeds, nan: none} -> a Markdown table, with the mean difference to the
+    first setting over the pairs, the seeds that have both."""
+    first = next(iter(columns))
     lines = [f"| {label} | {key} | std | n | difference to {first} | standard error | pairs |"]
-    for setting in columns[0]:
-        mean, std, n = spread([column[setting] for column in columns])
-        gains = [] if setting == first else [column[setting] - column[first] for column in columns]
+    for setting, column in columns.items():
+        mean, std, n = spread(column)
+        gains = [] if setting == first else [x - base for x, base in zip(column, columns[first])]
         gain, error, pairs = spread(gains)
         cells = f"{mean:.4f} | {std:.4f} | {n} | {gain:+.4f} | {error / math.sqrt(pairs or 1):.4f} | {pairs}"
         lines.append(f"| {setting} | {cells.replace('+nan', '-').replace('nan', '-')} |")
