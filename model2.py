@@ -26,12 +26,12 @@ from model import Encoder, PatchEmbed, TokenEmbed, WaveEmbed, convolve, gelu
 class Options2:
     """What 2.0 adds to the options of a train script."""
 
-    masks: int = option(0, "> 0: data2vec 2.0, with so many masks of each sample; 0: 1.0", min_=0)
-    mask_adjust: float = option(0.0, "2.0: extra share in blocks, as they overlap", min_=0, max_=1)
-    prenet: int = option(0, "2.0: layers below the --depth ones, without targets", min_=0)
-    decoder_depth: int = option(3, "2.0: convolutions that predict what is hidden", min_=1)
-    decoder_width: int = option(128, "2.0: their channels", min_=1)
-    decoder_groups: int = option(16, "2.0: their groups, divisors of both widths", min_=1)
+    masks: int = option(0, "> 0: data2vec 2.0, this many masks for one teacher pass; 0: data2vec", min_=0)
+    mask_adjust: float = option(0.0, "2.0: added to the share of blocks, which overlap", min_=0, max_=1)
+    prenet: int = option(0, "2.0: extra first layers, from which no targets are made", min_=0)
+    decoder_depth: int = option(3, "2.0: convolutions that predict targets from encoded positions", min_=1)
+    decoder_width: int = option(128, "2.0: channels of these convolutions", min_=1)
+    decoder_groups: int = option(16, "2.0: their groups; must divide --dim and their channels", min_=1)
     decoder_kernel: int = 3  # presets alone set these
     decoder_dropout: float = 0.0
 
