@@ -2,7 +2,7 @@
 
 INPUT: image, recording, line of text, .txt file of lines, or folder. Features are means of the top K layers,
 normalised: of the teacher for the whole input (the targets), of the student for the masked one; their colours
-are principal components (of what is visible in 2.0). Cosines are of predictions and targets; text: nearest are
+are principal components (2.0: of what is visible). Cosines are of predictions and targets; text: nearest are
 the tokens whose targets, in all lines given (its own, too), are nearest to the prediction.
 """
 
