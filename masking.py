@@ -115,22 +115,21 @@ def span_mask_tokens(
 def exact_blocks(
     rows: int, grid: tuple[int, ...], share: float, adjust: float, side: int, rng: np.random.Generator
 ) -> Tensor:
-    """Squares (spans) around random centres that fill exactly int(share * T) positions of a grid (2.0).
+    """Squares (spans) around random centres that fill exactly int(share * T) positions of a grid, (T,) or
+    (H, W) -> (rows, T) bool, row-major (2.0).
 
     int(T * (share + adjust) / side^n) centres, which may coincide; squares are cut at the border; then single
     positions are added or removed at random. Of speech these are hidden, of images what stays VISIBLE.
-
-    grid     (T,) or (H, W)
-    returns  (rows, T) bool, row-major
     """
     chosen = np.zeros((rows, *grid), dtype=bool)
     total = math.prod(grid)
+    count = max(1, int(total * share))
     centres = rng.integers(grid, size=(rows, int(total * (share + adjust) / side ** len(grid)), len(grid)))
     for row, places in zip(chosen, centres - side // 2):
         for place in places:
             row[tuple(slice(max(0, i), i + side) for i in place)] = True
     for row in chosen.reshape(rows, total):  # a view
-        surplus = int(row.sum()) - int(total * share)
+        surplus = int(row.sum()) - count
         wrong = np.flatnonzero(row == (surplus > 0))
         row[rng.permutation(wrong)[: abs(surplus)]] = surplus < 0
     return torch.from_numpy(chosen).flatten(1)

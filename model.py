@@ -132,16 +132,14 @@ class Encoder(nn.Module):
         if mask is not None and self.mask_embedding is not None:
             x = self.hide(x, mask)
         x, biases = self.embed.add_positions(x, valid)
-        return self.run_blocks(x, self.limit(biases, x, valid, window))
+        return self.run_blocks(x, biases, valid, window)
 
-    def limit(self, biases, x, valid, window):
-        """Biases that keep attention from padding and within the window."""
-        if valid is None and not window:
-            return biases
-        near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
-        return [attention_mask(bias, valid, near, self.prefix) for bias in biases]
-
-    def run_blocks(self, x, biases):
+    def run_blocks(self, x, biases, valid, window, prenet=()):
+        if valid is not None or window:
+            near = neighbours(self.embed.grid or (x.shape[1],), window, x.device) if window else None
+            biases = [attention_mask(bias, valid, near, self.prefix) for bias in biases]
+        for block in prenet:  # 2.0
+            x, _ = block(x, biases[0])
         layers = []
         for l, block in enumerate(self.blocks):
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:

@@ -49,7 +49,8 @@ class Encoder2(Encoder):
         super().__init__(embed, dim, depth, **block)
         self.mask_embedding = None  # hidden positions never enter
         norm = nn.LayerNorm(dim, eps=eps) if context else nn.Identity()
-        self.context = nn.ModuleDict({"norm": norm, "blocks": copy.deepcopy(self.blocks[:prenet])})
+        blocks = (copy.deepcopy(self.blocks[min(l, depth - 1)]) for l in range(prenet))
+        self.context = nn.ModuleDict({"norm": norm, "blocks": nn.ModuleList(blocks)})
         self.dropout = nn.Dropout(dropout[0] if context else 0.0)
 
     def transform(self, x, mask=None, valid=None, window=0):
@@ -62,14 +63,11 @@ class Encoder2(Encoder):
             rows = torch.arange(len(mask), device=x.device)[:, None]
             x = x[rows * len(x) // len(mask), places]
             valid = valid if valid is None else valid[rows * len(valid) // len(mask), places]
-        biases = [self.embed.distance_bias(places) if isinstance(self.embed, Waves) else None]
+        bias = self.embed.distance_bias(places) if isinstance(self.embed, Waves) else None
         if self.prefix:
             x = torch.cat([self.embed.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        (bias,) = biases = self.limit(biases, x, valid, window)
         x = self.dropout(self.context["norm"](x))
-        for block in self.context["blocks"]:
-            x, _ = block(x, bias)
-        return self.run_blocks(x, biases)
+        return self.run_blocks(x, [bias], valid, window, self.context["blocks"])
 
 
 class Decoder(nn.Module):
@@ -80,8 +78,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.grid, self.residual, conv = grid, residual, nn.Conv2d if grid else nn.Conv1d
         widths = [dim] + [width] * (depth - 1)
-        convs = (conv(w, width, kernel, padding=kernel // 2, groups=groups) for w in widths)
-        self.convs = nn.ModuleList(convs)
+        self.convs = nn.ModuleList(conv(w, width, kernel, padding=kernel // 2, groups=groups) for w in widths)
         wide = (nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
         self.head = nn.Linear(width, dim) if head == 1 else nn.Sequential(*wide)
 
@@ -203,21 +200,21 @@ def init_weights(student, std=0.02):
             nn.init.normal_(m.weight, std=std)
             if getattr(m, "bias", None) is not None:
                 nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Embedding):
+                m.weight.data[m.padding_idx] = 0
     if isinstance(embed, Patches):
         nn.init.xavier_uniform_(embed.proj.weight.data.flatten(1))
         nn.init.normal_(embed.cls)
     elif isinstance(embed, Waves):
         for conv in embed.content["convs"]:
             nn.init.kaiming_normal_(conv.weight)
-    else:
-        for table in (embed.tokens, embed.positions):
-            table.weight.data[embed.pad] = 0
 
 
 def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True, head=1):
     """The student of these options, with random weights."""
     widths = f"--decoder_groups {cfg.decoder_groups}: must divide --dim and --decoder_width"
     require(cfg.dim % cfg.decoder_groups == cfg.decoder_width % cfg.decoder_groups == 0, widths)
+    require(not embed.grid or cfg.dim % 4 == 0, f"--dim {cfg.dim}: must be a multiple of 4 (positions)")
     require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
     for name, value in (("pad", False), ("objective", "data2vec"), ("deep_norm", False)):
         require(getattr(cfg, name, value) == value, f"--{name}: not with --masks, which is data2vec 2.0")

@@ -308,7 +308,8 @@ def test_init_and_resume_with_what_does_not_fit_are_one_line(finished, train, tm
     """And leave the run's folder to the next attempt."""
     for path in (tmp_path / "none.pt", *(finished[name] / "ckpt.pt" for name in KINDS if name != kind)):
         assert str(path) in refused(train(kind, "--init", path))
-    for flags in ("--dim 32", "--depth 3", "--heads 4"):
+    other = "--masks 0" if kind.endswith("2") else "--masks 2"
+    for flags in ("--dim 32", "--depth 3", "--heads 4", other):
         assert "ckpt.pt" in refused(train(kind, "--init", finished[kind] / "ckpt.pt", flags))
         assert not (tmp_path / "run").exists()
         assert "ckpt.pt" in refused(train(kind, "--resume", flags))
@@ -328,7 +329,7 @@ WRONG_IN = {
     "vision": "--image_size 18,--mask_ratio 1.1,--global_batch 10",
     "speech": "--max_samples 63999,--dim 24,--train dev-other,--pad maybe",
     "text": "--max_tokens 7,--global_batch 10,--share_embedding maybe",
-    "vision2": "--decoder_width 24,--dim 24,--prenet 3,--mask_adjust 2",
+    "vision2": "--decoder_width 24,--dim 24,--prenet 3,--mask_adjust 2,--dim 18 --decoder_groups 2",
     "speech2": "--decoder_width 24,--pad,--deep_norm,--decoder_depth 0",
     "text2": "--prenet 3,--objective mlm,--max_tokens 1000000,--masks -1",
 }

@@ -107,7 +107,8 @@ def draw_text(figure, rows, networks, looks):
     for row, ones in zip(rows[:DRAWN], zip(*looks)):
         x, seen, mask = row.x[0].tolist(), row.seen[0].tolist(), row.mask[0]
         line = "".join(f"[{names[i]}]" if hidden else names[i] for i, hidden in zip(x, mask))
-        page += ["", *textwrap.wrap(line.replace("[·", "·[").replace("·", " "), 28 + 40 * len(networks)), ""]
+        line = line.replace("[·", "·[").replace("·", " ")
+        page += ["", *textwrap.wrap(line, 28 + 40 * len(networks)), ""]
         hidden = mask.nonzero()[:, 0].tolist()
         table = [f"{'hidden':14}{'seen':14}", *(f"{names[x[t]]:14}{names[seen[t]]:14}" for t in hidden)]
         for network, one, bank in zip(networks, ones, banks):

@@ -22,9 +22,8 @@ OPTIONS = {  # ours: theirs
     "masks": "clone_batch", "mask_ratio": "mask_prob", "mask_p": "mask_prob", "mask_block": "mask_length",
     "mask_span": "mask_length", "mask_adjust": "mask_prob_adjust",
 }  # fmt: skip
-SHARED = {  # what the teacher has of the student
-    "IMAGE": (), "AUDIO": ("encoder.embed.content.",), "TEXT": ("encoder.embed.", "encoder.context."),
-}  # fmt: skip
+# what the teacher has of the student
+SHARED = {"IMAGE": (), "AUDIO": "encoder.embed.content.", "TEXT": ("encoder.embed.", "encoder.context.")}
 
 
 def our_names(weights, path="released checkpoint"):
@@ -60,16 +59,14 @@ def read(file, path):
     for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
         found = [norm for norm in ("instance", "layer") if options.get(f"{norm}_{flag}")]
         config[ours] = (found or ["none"])[0]
-    prenet = {name.split(".")[3] for name in student if name.startswith("encoder.context.blocks.")}
-    config["prenet"] = len(prenet)
+    config["prenet"] = len({name.split(".")[3] for name in student if ".context.blocks." in name})
     if "head.convs.0.weight" in student:
         width, within, *_, kernel = student["head.convs.0.weight"].shape
         depth = sum(name.startswith("head.convs.") for name in student) // 2
         config |= {"decoder_depth": depth, "decoder_width": width, "decoder_kernel": kernel}
         config["decoder_groups"] = len(student["encoder.blocks.0.norm1.bias"]) // within
-    positions = weights.get(f"modality_encoders.{mode}.fixed_positional_encoder.positions")
-    if positions is not None:  # (1, side * side, D)
-        patch = student["encoder.embed.proj.weight"].shape[-1]
-        config["image_size"] = patch * math.isqrt(positions.shape[1])
+    if mode == "IMAGE":
+        side = math.isqrt(weights["modality_encoders.IMAGE.fixed_positional_encoder.positions"].shape[1])
+        config["image_size"] = side * student["encoder.embed.proj.weight"].shape[-1]
     state = {"student": student, "teacher": teacher, "config": config, "notes": []}
     return complete(state | {"origin": f"released checkpoint of data2vec 2.0, {mode}"}, path)
