@@ -55,7 +55,7 @@ class Config(model2.Options2, RunConfig):
     mask_span: int = option(10, "frames of 20 ms in a span; short: too easy", min_=1)
     target: str = option("ffn", "layer output that is a_l", ("block", "ffn", "ffn_residual", "attention"))
     top_k: int = option(8, "layers averaged into the target, from the top", min_=1)
-    norm: str = option("instance", "normalisation of each a_l; without, it collapses", tuple(NORMS))
+    norm: str = option("instance", "normalisation of each a_l; needed (see RESULTS.md)", tuple(NORMS))
     final_norm: str = option("none", "normalisation of their mean", tuple(NORMS))
     window: int = option(0, "> 0: the teacher attends at most so many frames away", min_=0)
     share_positions: bool = option(True, "the teacher has the student's position convolutions")
@@ -219,7 +219,7 @@ def main():
                 f, x, valid_frames = ddp(wave, mask, lengths)  # f (N, D), from the visible frames
                 layers = teacher.from_embedded(x, valid_frames)
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)  # (B, T, D), of all frames
-                y = y.repeat_interleave(len(mask) // len(y), dim=0)  # 2.0: M masks of a recording
+                y = y.repeat_interleave(cfg.masks, dim=0) if cfg.masks else y  # 2.0: M masks of a recording
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale=cfg.dim**-0.5) / num_masked
             scaler.scale(micro_loss * world).backward()  # DDP averages over processes; the loss is a sum
             loss += micro_loss.detach()

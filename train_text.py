@@ -38,7 +38,7 @@ class Config(model2.Options2, RunConfig):
     ffn: int = option(512, "hidden width of the FFN", min_=1)
     dropout: float = option(0.0, "dropout of the student's embedding and branches", min_=0, max_=0.99)
     attn_dropout: float = option(0.0, "dropout of the student's attention weights", min_=0, max_=0.99)
-    token_std: float = option(0.02, "initial std of the token table", min_=0)
+    token_std: float = option(0.02, "initial std of the token table (all three: not in 2.0)", min_=0)
     position_std: float = option(0.02, "of the position table; if large, positions alone are learned", min_=0)
     weight_std: float = option(0.02, "of other matrices; 0: 1 / sqrt(inputs), for small widths", min_=0)
     norm_eps: float = 1e-5
@@ -48,7 +48,7 @@ class Config(model2.Options2, RunConfig):
     mask_span: int = option(1, "1: BERT's 80/10/10 of single tokens; more: spans, all <mask>", min_=1)
     target: str = option("ffn", "layer output that is a_l", ("block", "ffn", "ffn_residual", "attention"))
     top_k: int = option(10, "layers averaged into the target, from the top", min_=1)
-    norm: str = option("layer", "normalisation of each a_l; without, it collapses", tuple(NORMS))
+    norm: str = option("layer", "normalisation of each a_l; needed (see RESULTS.md)", tuple(NORMS))
     final_norm: str = option("none", "normalisation of their mean", tuple(NORMS))
     window: int = option(0, "> 0: the teacher attends at most so many tokens away", min_=0)
     share_embedding: bool = option(True, "the teacher has the student's embeddings, not their average")
@@ -203,7 +203,7 @@ def main():
                 f, x, valid_tokens = ddp(batch["corrupted"], mask)  # (N, D), from the corrupted text
                 layers = teacher.from_embedded(x, valid_tokens) if cfg.masks else teacher(tokens)  # FULL text
                 y = top_k_average(layers, cfg.top_k, cfg.norm, cfg.final_norm)
-                y = y.repeat_interleave(len(mask) // len(y), dim=0)  # 2.0: M masks of a text
+                y = y.repeat_interleave(cfg.masks, dim=0) if cfg.masks else y  # 2.0: M masks of a text
             if cfg.objective == "mlm":  # the comparison: f are logits, the target is the token itself
                 micro_loss = F.cross_entropy(f.float(), tokens[mask], reduction="sum") / num_masked
             else:

@@ -35,10 +35,10 @@ class Config(model2.Options2, RunConfig):
     depth: int = option(4, "layers L", min_=1)
     heads: int = option(4, "attention heads", min_=1)
     ffn: int = option(512, "hidden width of the FFN", min_=1)
-    layer_scale: float = option(0.0, "initial gain of each branch; 0: none. Deep models need it", min_=0)
+    layer_scale: float = option(0.0, "initial gain of each branch; 0: none. For deep models; not 2.0", min_=0)
     drop_path: float = option(0.0, "stochastic depth of the student's last layer", min_=0, max_=0.99)
     attn_dropout: float = option(0.0, "dropout of the student's attention weights", min_=0, max_=0.99)
-    learned_std: float = option(0.0, "> 0: learned absolute positions, too (ours, for small models)", min_=0)
+    learned_std: float = option(0.0, "> 0: learned positions, too (ours, for small models; not 2.0)", min_=0)
     relative: bool = True  # not options: for released checkpoints
     per_block: bool = False
     norm_eps: float = 1e-6
@@ -51,7 +51,7 @@ class Config(model2.Options2, RunConfig):
     class_weight: float = option(2.56, "2.0: of the class token's loss (it predicts the mean target)", min_=0)
     target: str = option("block", "layer output that is a_l", ("block", "ffn", "ffn_residual", "attention"))
     top_k: int = option(6, "layers averaged into the target, from the top", min_=1)
-    norm: str = option("layer", "normalisation of each a_l; without, it collapses", tuple(NORMS))
+    norm: str = option("layer", "normalisation of each a_l; needed (see RESULTS.md)", tuple(NORMS))
     final_norm: str = option("layer", "normalisation of their mean", tuple(NORMS))
     window: int = option(0, "> 0: the teacher attends at most so many patches away", min_=0)
     beta: float = option(2.0, "where smooth L1 turns linear; 0: squared error", min_=0)
@@ -199,7 +199,7 @@ def main():
             # ---- data2vec (mask: drawn with the view)
             with autocast:
                 y = top_k_average(teacher(view), cfg.top_k, cfg.norm, cfg.final_norm)  # of all patches
-                y = y.repeat_interleave(len(mask) // len(y), dim=0)  # (B, T, D); 2.0: M masks of a view
+                y = y.repeat_interleave(cfg.masks, dim=0) if cfg.masks else y  # 2.0: M masks of a view
                 f, _, _ = ddp(view, mask)  # (N, D), from the visible patches
             micro_loss = regression_loss(f, y[mask], cfg.beta, scale) / num_masked
             if cfg.masks:  # 2.0: the class token predicts the mean target
