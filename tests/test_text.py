@@ -328,6 +328,18 @@ def test_blocks_hold_everything_once(n):
         assert [t for x in loaded for t in x if t >= 10] == corpus.tokens.tolist()
 
 
+def test_full_blocks_hold_the_stream_of_documents():
+    rng = np.random.default_rng(0)
+    for n, longest in ((8, 5), (9, 40), (16, 1)):
+        lengths = rng.integers(1, longest + 1, 30)
+        tokens, bounds = np.arange(10, 10 + lengths.sum(), dtype=np.uint16), np.cumsum([0, *lengths])
+        stream = [t for a, b in itertools.pairwise(bounds) for t in [*tokens[a:b].tolist(), T.EOS]]
+        blocks = T.FullBlocks(T.Corpus(tokens, bounds), n)
+        loaded = [blocks.load(i).tolist() for i in range(len(blocks))]
+        assert len(loaded) == len(stream) // (n - 1) and all(len(x) == n and x[0] == T.BOS for x in loaded)
+        assert sum((x[1:] for x in loaded), []) == stream[: len(loaded) * (n - 1)]
+
+
 def draw_mask(p, ids, rng):
     return bert_mask(ids, range(4, 299), 299, p, rng)
 
