@@ -331,10 +331,10 @@ def test_blocks_hold_everything_once(n):
 def test_full_blocks_hold_the_stream_of_documents():
     rng = np.random.default_rng(0)
     for n, longest in ((8, 5), (9, 40), (16, 1)):
-        lengths = rng.integers(1, longest + 1, 30)
-        tokens, bounds = np.arange(10, 10 + lengths.sum(), dtype=np.uint16), np.cumsum([0, *lengths])
-        stream = [t for a, b in itertools.pairwise(bounds) for t in [*tokens[a:b].tolist(), T.EOS]]
-        blocks = T.FullBlocks(T.Corpus(tokens, bounds), n)
+        corpus = corpus_of(*rng.integers(1, longest + 1, 30).tolist())
+        parts = itertools.pairwise(corpus.bounds)
+        stream = [t for a, b in parts for t in [*corpus.tokens[a:b].tolist(), T.EOS]]
+        blocks = T.FullBlocks(corpus, n)
         loaded = [blocks.load(i).tolist() for i in range(len(blocks))]
         assert len(loaded) == len(stream) // (n - 1) and all(len(x) == n and x[0] == T.BOS for x in loaded)
         assert sum((x[1:] for x in loaded), []) == stream[: len(loaded) * (n - 1)]
