@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from masking import bert_mask, block_mask, span_mask, span_mask_tokens
+from masking import bert_mask, block_mask, exact_blocks, span_mask, span_mask_tokens, uniform_mask
 
 RELEASED = torch.load(Path(__file__).parent / "golden" / "mask_stats_and_schedule.pt", weights_only=True)
 
@@ -177,3 +177,13 @@ def test_spans_leave_something_of_a_short_text():
         spans(sentence(5, seed), np.random.default_rng(seed))[0] for seed in range(200)
     ]  # 2 regular tokens
     assert sum(((text > 3) & (text < MASK)).any().item() for text in texts) > 150
+
+
+@pytest.mark.parametrize("grid", [(1,), (3,), (101,), (2, 2), (5, 9)])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.55])
+def test_blocks_of_2_0_have_exact_and_equal_counts(grid, share):
+    total, rng = math.prod(grid), np.random.default_rng(0)
+    for side in (1, 2, 5):
+        rows = exact_blocks(7, grid, share, 0.07, side, rng)
+        assert rows.shape == (7, total) and set(rows.sum(1).tolist()) == {max(1, int(total * share))}
+    assert set(uniform_mask(7, total, share, rng).sum(1).tolist()) == {total - int(total * (1 - share))}
