@@ -229,7 +229,7 @@ def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True
 
 
 def groups(cfg, student):
-    """What the optimiser gets: 1.0 decays all weights, 2.0 spares 1-D ones (meant, not done, as released)."""
+    """What the optimiser gets: 1.0 decays all weights, 2.0 spares 1-D ones (released: meant, not done)."""
     if not cfg.masks:
         return student.parameters()
     parts = [[p for p in student.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]

@@ -15,7 +15,7 @@ from tools import ablate, plot, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text()
-COMMANDS = re.findall(r"^python -m tools\.(\w+) (.*)$", RESULTS, re.MULTILINE)
+COMMANDS = re.findall(r"^python -m tools\.(ablate|plot|table) (.*)$", RESULTS, re.MULTILINE)
 LINES = [{"step": 0, "probe": 0.1}, {"step": 1, "loss": 1.0}]
 LINES += [{"step": 10, "loss": 0.5, "probe": 0.3}, {"step": 20, "loss": 0.75, "probe": 0.4}]
 CURVES = {"probe": {0: 0.1, 10: 0.3, 20: 0.4}, "loss": {1: 1.0, 10: 0.5, 20: 0.75}}
