@@ -72,15 +72,15 @@ class Encoder2(Encoder):
 
 class Decoder(nn.Module):
     """Convolutions over all positions: each Conv, LayerNorm, GELU, and with `residual` its input on top, if
-    the widths agree; then one Linear or, head = 2, two with a GELU between. grid: (H, W) of images."""
+    the widths agree; then one Linear or, of hidden > 0, two with a GELU between. grid: (H, W) of images."""
 
-    def __init__(self, dim, width, depth, kernel, groups, grid=None, residual=True, head=1):
+    def __init__(self, dim, width, depth, kernel, groups, grid=None, residual=True, hidden=0):
         super().__init__()
         self.grid, self.residual, conv = grid, residual, nn.Conv2d if grid else nn.Conv1d
         widths = [dim] + [width] * (depth - 1)
         self.convs = nn.ModuleList(conv(w, width, kernel, padding=kernel // 2, groups=groups) for w in widths)
-        wide = (nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, dim))
-        self.head = nn.Linear(width, dim) if head == 1 else nn.Sequential(*wide)
+        wide = (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else ()
+        self.head = nn.Sequential(*wide) if hidden else nn.Linear(width, dim)
 
     def forward(self, x):
         """x (R, T, D) -> (R, T, D)."""
@@ -210,12 +210,11 @@ def init_weights(student, std=0.02):
             nn.init.kaiming_normal_(conv.weight)
 
 
-def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True, head=1):
+def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True, hidden=0):
     """The student of these options, with random weights."""
     widths = f"--decoder_groups {cfg.decoder_groups}: must divide --dim and --decoder_width"
     require(cfg.dim % cfg.decoder_groups == cfg.decoder_width % cfg.decoder_groups == 0, widths)
     require(not embed.grid or cfg.dim % 4 == 0, f"--dim {cfg.dim}: must be a multiple of 4 (positions)")
-    require(cfg.prenet <= cfg.depth, f"--prenet {cfg.prenet}: at most --depth {cfg.depth}")
     for name, value in (("pad", False), ("objective", "data2vec"), ("deep_norm", False)):
         require(getattr(cfg, name, value) == value, f"--{name}: not with --masks, which is data2vec 2.0")
     options = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target, "eps": cfg.norm_eps}
@@ -223,7 +222,7 @@ def build(cfg, embed, layer_drop=0.0, drop_path=0.0, context=True, residual=True
     options["dropout"] = (cfg.dropout, cfg.attn_dropout, getattr(cfg, "ffn_dropout", 0.0))
     encoder = Encoder2(embed, cfg.dim, cfg.depth, layer_drop=layer_drop, drop_path=drop_path, **options)
     sizes = cfg.decoder_width, cfg.decoder_depth, cfg.decoder_kernel, cfg.decoder_groups
-    student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, head), cfg.decoder_dropout)
+    student = Student2(encoder, Decoder(cfg.dim, *sizes, embed.grid, residual, hidden), cfg.decoder_dropout)
     init_weights(student)
     return student
 

@@ -18,6 +18,8 @@ def instance_norm(a: Tensor) -> Tensor:
 
 
 NORMS = {"layer": layer_norm, "instance": instance_norm, "none": Tensor.float}
+NORMS["instance_layer"] = lambda a: layer_norm(instance_norm(a))  # both, one after the other
+NORMS["layer_instance"] = lambda a: instance_norm(layer_norm(a))
 
 
 @torch.no_grad()
@@ -26,8 +28,8 @@ def top_k_average(layers: list[Tensor], k: int, norm: str, final_norm: str = "no
 
     layers      the teacher's [a_1 .. a_L], (B, T, D) each
     k           how many from the top, 1 <= k <= L; else ValueError
-    norm        of each layer: "layer" (vision, text), "instance" (speech) or "none"
-    final_norm  of the mean: "layer" (vision, AudioSet), "instance" or "none" (speech, text)
+    norm        of each layer, one of NORMS: "layer" (vision, text), "instance" (speech), ...
+    final_norm  of the mean: "layer" (vision, AudioSet), "none" (speech, text), ...
     """
     if not 1 <= k <= len(layers):
         raise ValueError(f"K = {k}, but the teacher gave {len(layers)} layers")

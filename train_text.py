@@ -120,10 +120,9 @@ def build(cfg: Config, vocab: int) -> Student:
     """The student of these options, with random weights."""
     if cfg.masks:
         tokens = model2.Tokens(vocab, cfg.max_tokens, text.PAD, cfg.dim, cfg.dropout, cfg.norm_eps)
-        return model2.build(cfg, tokens, context=cfg.prenet > 0, residual=False, head=2)
+        return model2.build(cfg, tokens, context=cfg.prenet > 0, residual=False, hidden=2 * cfg.decoder_width)
     embed = TokenEmbed(vocab, cfg.max_tokens, text.PAD, cfg.dim, cfg.dropout, cfg.norm_eps)
-    block = {"heads": cfg.heads, "ffn": cfg.ffn, "target": cfg.target}
-    block["dropout"] = (cfg.dropout, cfg.attn_dropout, 0)
+    block = dict(heads=cfg.heads, ffn=cfg.ffn, target=cfg.target, dropout=(cfg.dropout, cfg.attn_dropout, 0))
     encoder = Encoder(embed, cfg.dim, cfg.depth, pre_norm=False, eps=cfg.norm_eps, **block)
     for table, std in ((embed.tokens, cfg.token_std), (embed.positions, cfg.position_std)):
         nn.init.normal_(table.weight, std=std)

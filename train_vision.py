@@ -160,8 +160,9 @@ def main():
     student = build(cfg).to(device)
     teacher = Teacher(student.encoder, window=cfg.window)
     named, tables = list(student.named_parameters()), ("table", "learned")
-    decay = [p for name, p in named if p.ndim > 1 and not name.endswith(tables)]
-    no_decay = [p for name, p in named if p.ndim <= 1 or name.endswith(tables)]
+    wide = {name for name, p in named if p.ndim > 1 and not name.endswith(tables)}
+    wide |= {"encoder.embed.cls"} if cfg.masks else set()  # 2.0, as released
+    decay, no_decay = [p for name, p in named if name in wide], [p for name, p in named if name not in wide]
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     torch.manual_seed(cfg.seed * 1000 + rank)  # dropout and drop path differ between processes

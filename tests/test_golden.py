@@ -122,8 +122,9 @@ def norms(config):
     if config["modality"] == "vision":
         flags = ["target_instance_norm", "target_layer_norm_last", "", "post_target_layer_norm"]
     instance, layer, last_instance, last_layer = (config.get(flag) for flag in flags)
-    norm = "instance" if instance else "layer" if layer else "none"
-    return norm, "instance" if last_instance else "layer" if last_layer else "none"
+    each = [name for name, wanted in (("instance", instance), ("layer", layer)) if wanted]
+    mean = [name for name, wanted in (("layer", last_layer), ("instance", last_instance)) if wanted]
+    return "_".join(each) or "none", "_".join(mean) or "none"  # in this order, if both are set
 
 
 def beta_and_scale(config):

@@ -59,7 +59,8 @@ def student_of(golden):
     encoder = Encoder2(embed_of(c), c["embed_dim"], c["depth"], **block)
     sizes = [c[f"decoder_{name}"] for name in ("dim", "layers", "kernel", "groups")]
     grid = encoder.embed.grid
-    decoder = Decoder(c["embed_dim"], *sizes, grid, c["decoder_residual"], c["projection_layers"])
+    hidden = int(c["projection_ratio"] * c["decoder_dim"]) if c["projection_layers"] == 2 else 0
+    decoder = Decoder(c["embed_dim"], *sizes, grid, c["decoder_residual"], hidden)
     student = Student2(encoder, decoder, noise=c["mask_noise_std"])
     student.load_state_dict(our_names(golden["model"]))
     return student
@@ -67,10 +68,9 @@ def student_of(golden):
 
 def norms(c):
     """How each layer is normalised, and how their mean."""
-    instance, layer = c["instance_norm_target_layer"], c["layer_norm_target_layer"]
-    norm = "instance" if instance else "layer" if layer else "none"
-    instance, layer = c["instance_norm_targets"], c["layer_norm_targets"]
-    return norm, "instance" if instance else "layer" if layer else "none"
+    each, mean = ("instance", "layer"), ("layer", "instance")  # in this order, if both are set
+    norm = "_".join(name for name in each if c[f"{name}_norm_target_layer"])
+    return norm or "none", "_".join(name for name in mean if c[f"{name}_norm_targets"]) or "none"
 
 
 def test_there_are_golden_files():

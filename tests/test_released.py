@@ -18,7 +18,7 @@ from tests.checkpoints import NAMES, NAMES2, golden, model_of, options, released
 from tests.helpers import assert_same, call, refused
 from tests.test_golden2 import student_of
 from tools import convert
-from tools.released import load
+from tools.released import load, norms_of
 from tools.released2 import our_names
 
 
@@ -144,6 +144,13 @@ def test_pre_trained_of_2_0(save, tmp_path, kind):
     assert "2.0" in refused(call(convert, path, tmp_path / "hub"))
     assert "2.0" in call(convert, path, tmp_path / "ours.pt")[1]
     assert_same(convert.read(tmp_path / "ours.pt")["student"], state["student"])
+
+
+def test_of_two_norms_the_layer_norm_is_last_of_a_layer_and_first_of_the_mean():
+    both = {f"{name}_norm_{what}": True for name in ("layer", "instance") for what in ("target_layer", "targets")}
+    assert norms_of(both) == {"norm": "instance_layer", "final_norm": "layer_instance"}
+    assert norms_of(dict.fromkeys(both, False)) == {"norm": "none", "final_norm": "none"}
+    assert norms_of({"layer_norm_targets": True}) == {"final_norm": "layer"} and norms_of({}) == {}
 
 
 @torch.no_grad()

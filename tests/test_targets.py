@@ -8,7 +8,7 @@ import torch
 
 from targets import feature_std, regression_loss, tau_at, top_k_average
 
-NORMS = ("layer", "instance", "none")
+NORMS = ("layer", "instance", "none", "instance_layer", "layer_instance")
 
 
 def draw(*shape, seed=0):
@@ -28,6 +28,9 @@ def naive_norm(a, norm):
     if norm == "instance":
         channels = [[standardised(channel) for channel in zip(*sample)] for sample in a]
         return [[list(position) for position in zip(*sample)] for sample in channels]
+    if "_" in norm:
+        first, second = norm.split("_")
+        return naive_norm(naive_norm(a, first), second)
     return a
 
 

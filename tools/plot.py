@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import UserError, require, run, whole
-from tools.table import choose_keys, read_results
+from tools.table import choose_keys
 
 DEFAULT_KEYS = ("loss", "probe", "knn", "explained_variance", "top1")
 STYLE = {"svg.hashsalt": "data2vec", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
@@ -19,7 +19,7 @@ STYLE |= {"savefig.dpi": 150, "savefig.bbox": "tight", "text.parse_math": False,
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """{key: {step: value}} of a run's metrics.jsonl. Older logs keep step 0 in results.json, as KEY_start."""
+    """{key: {step: value}} of a run's metrics.jsonl."""
     curves = {}
     try:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -29,9 +29,6 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
                 curves.setdefault(key, {})[step] = value
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no metrics.jsonl to read; give the folder of a run ({error})") from None
-    results = read_results(folder) if (folder / "results.json").exists() else {}
-    for key in [key for key in curves if f"{key}_start" in results]:
-        curves[key] = {0: results[f"{key}_start"]} | curves[key]
     return curves
 
 

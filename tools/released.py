@@ -184,17 +184,23 @@ def read(file: dict, path) -> dict:
         for weights in filter(None, (student, teacher)):
             fold_pixels(weights, {"image_mean": 0.5, "image_std": 0.5})
     config = {ours: options[theirs] for theirs, ours in OPTIONS.items() if theirs in options}
-    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
-        if f"layer_{flag}" in options:
-            instance, layer = options.get(f"instance_{flag}"), options[f"layer_{flag}"]
-            config[ours] = "instance" if instance else "layer" if layer else "none"
-    config |= {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
+    config |= norms_of(options) | {"norm_eps": 1e-6 if kind == "vision" else 1e-5, "deep_norm": False}
     task = "images" if kind == "vision" else "letters"
     classes = table(table(file.get("task_state")).get("target_dictionary")).get("symbols")
     state = {"student": student, "teacher": teacher, "config": config, "task": task, "classes": classes}
     loudness = table(table(file.get("cfg")).get("task", file.get("args"))).get("normalize", True)
     notes = [] if loudness or kind != "speech" else ["normalize of its inputs is False, of ours True"]
     return complete(state | {"origin": f"released {kind} checkpoint", "notes": notes}, path)
+
+
+def norms_of(options):
+    """{norm, final_norm}, as far as options tell. If both are set, the layer norm comes last, or first."""
+    config = {}
+    for ours, flag, order in (("norm", "norm_target_layer", 1), ("final_norm", "norm_targets", -1)):
+        if f"layer_{flag}" in options:
+            both = [name for name in ("instance", "layer")[::order] if options.get(f"{name}_{flag}")]
+            config[ours] = "_".join(both) or "none"
+    return config
 
 
 def sizes_of(weights: dict, path) -> dict:

@@ -4,7 +4,7 @@ import math
 import re
 
 from common import require
-from tools.released import VISION, complete, options_of, rename, table
+from tools.released import VISION, complete, norms_of, options_of, rename, table
 
 # names: theirs -> ours, as in released.py
 BLOCKS = {theirs: ours for theirs, ours in VISION.items() if theirs.startswith("blocks.")}
@@ -22,7 +22,6 @@ OPTIONS = {  # ours: theirs
     "masks": "clone_batch", "mask_ratio": "mask_prob", "mask_p": "mask_prob", "mask_block": "mask_length",
     "mask_span": "mask_length", "mask_adjust": "mask_prob_adjust",
 }  # fmt: skip
-# what the teacher has of the student
 SHARED = {"IMAGE": (), "AUDIO": "encoder.embed.content.", "TEXT": ("encoder.embed.", "encoder.context.")}
 
 
@@ -56,9 +55,7 @@ def read(file, path):
     options |= table(table(options.get("modalities")).get(mode.lower()))
     config = {"masks": 1, "target": "ffn", "norm_eps": 1e-6 if mode == "IMAGE" else 1e-5}
     config |= {ours: options[theirs] for ours, theirs in OPTIONS.items() if theirs in options}
-    for ours, flag in (("norm", "norm_target_layer"), ("final_norm", "norm_targets")):
-        found = [norm for norm in ("instance", "layer") if options.get(f"{norm}_{flag}")]
-        config[ours] = (found or ["none"])[0]
+    config |= {"norm": "none", "final_norm": "none"} | norms_of(options)
     config["prenet"] = len({name.split(".")[3] for name in student if ".context.blocks." in name})
     if "head.convs.0.weight" in student:
         width, within, *_, kernel = student["head.convs.0.weight"].shape
