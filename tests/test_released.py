@@ -147,7 +147,7 @@ def test_pre_trained_of_2_0(save, tmp_path, kind):
 
 
 def test_of_two_norms_the_layer_norm_is_last_of_a_layer_and_first_of_the_mean():
-    both = {f"{name}_norm_{what}": True for name in ("layer", "instance") for what in ("target_layer", "targets")}
+    both = {f"{name}_norm_target{of}": True for name in ("layer", "instance") for of in ("_layer", "s")}
     assert norms_of(both) == {"norm": "instance_layer", "final_norm": "layer_instance"}
     assert norms_of(dict.fromkeys(both, False)) == {"norm": "none", "final_norm": "none"}
     assert norms_of({"layer_norm_targets": True}) == {"final_norm": "layer"} and norms_of({}) == {}

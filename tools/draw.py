@@ -92,7 +92,7 @@ def draw_speech(figure, rows, networks, looks):
         middle.fill_between(time, -1, 1, where=mask, step="mid", color="0.9", label="hidden")
         for network, one in zip(networks, ones):
             middle.plot(time, one.cosine, ".-", markersize=3, label=f"{network.name}, mean {one.mean}")
-        middle.set(ylabel="cosine", xlim=(0, end), ylim=(-0.5, 1), xticks=[])
+        middle.set(ylabel="cosine", xlim=(0, end), ylim=(-1, 1), xticks=[])
         middle.legend(loc="lower left", bbox_to_anchor=(0, 0.96), ncols=len(networks) + 1)
         rgb = torch.cat([one.rgb for one in ones]).numpy()
         bottom.imshow(rgb, aspect="auto", extent=(0, len(mask) / 50, len(strips), 0))
