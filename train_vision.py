@@ -121,7 +121,7 @@ PRESETS["huge2"] = PRESETS["large2"] | dict(top_k=24, dim=1280, depth=32, ffn=51
 
 def build(cfg: Config) -> Student:
     """The student of these options, with random weights."""
-    common.require(cfg.image_size % cfg.patch == 0, f"--image_size: must be a multiple of --patch {cfg.patch}")
+    common.require(cfg.image_size % cfg.patch == 0, f"--image_size: use a multiple of --patch {cfg.patch}")
     grid, tables = (cfg.image_size // cfg.patch,) * 2, cfg.depth if cfg.per_block else 0
     if cfg.masks:
         return model2.build(cfg, model2.Patches(grid, cfg.patch, cfg.dim), drop_path=cfg.drop_path)

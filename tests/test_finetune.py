@@ -231,7 +231,7 @@ def test_another_image_size_interpolates_the_positions(tune, tmp_path):
     assert len(state["student"]["encoder.embed.table"]) == 11 * 11 + 3, "6 x 6 patches"
     done(tune("--eval_only", init=tmp_path / "run/ckpt.pt", out="again"))
     assert results(tmp_path / "again")["top1"] == results(tmp_path / "run")["top1"]
-    assert "--image_size 18" in refused(tune("--image_size 18", out="no"))
+    assert "--image_size: use a multiple" in refused(tune("--image_size 18", out="no"))
 
 
 TASKS = {  # of checkpoints of data2vec 2.0: data, options
