@@ -301,7 +301,7 @@ def test_float16(loop, monkeypatch, tmp_path):
     for part in ("student", "teacher", "optimizer", "rng", "step"):
         assert_same(checkpoint(tmp_path / "killed")[part], expected[part])
         assert_same(
-            checkpoint(tmp_path / "fits")[part], expected[part], atol=1e-5
+            checkpoint(tmp_path / "fits")[part], expected[part], atol=1e-4
         )  # some steps at another scale
     assert helpers.timeless(tmp_path / "killed") == helpers.timeless(tmp_path / "large")
     logs, start = [tmp_path / "0", tmp_path / "1"], partial(start_at, 2.0**60)
